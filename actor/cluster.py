@@ -1,0 +1,69 @@
+"""The Ray actor class: a shell around `ActorLoop`. The only file of this package that imports ray.
+
+Ray reruns the constructor of a restarted actor and nothing else, and a constructor that raises is dead for good: so it
+only starts the loop in a thread. When the loop fails, the process exits and Ray (`max_restarts=-1`) starts a new one;
+when the learner has drained it, the process waits idle for the launcher to remove it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ray
+
+log = logging.getLogger(__name__)
+
+RESTART_PAUSE_S = 1.0
+EXIT_CODE = 70
+
+
+def redirect_output(path: str) -> None:
+    """Send this process's output, and that of its children, to the run's log, if that directory exists here."""
+    if path and Path(path).parent.is_dir():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+
+
+def configure_logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+
+class RolloutActor:
+    """Runs one `ActorLoop` for the life of the process."""
+
+    def __init__(self, learner: str, name: str, log_path: str, lost_learner_s: float) -> None:
+        self._state = "running"
+        redirect_output(log_path)
+        configure_logging()
+        self._thread = threading.Thread(target=self._run, args=(learner, name, lost_learner_s), name="actor-loop")
+        self._thread.start()
+
+    def _run(self, learner: str, name: str, lost_learner_s: float) -> None:
+        from actor.loop import ActorLoop, LearnerLost, LearnerRefused
+
+        try:
+            reason = asyncio.run(ActorLoop(learner, name, lost_learner_s=lost_learner_s).run())
+            log.info("%s ends: %s", name, reason)
+            self._state = "drained"
+        except (LearnerLost, LearnerRefused) as error:
+            log.error("%s ends: %s", name, error)
+            self._state = "without a learner"
+        except BaseException:
+            log.exception("%s failed; Ray restarts it", name)
+            time.sleep(RESTART_PAUSE_S)
+            os._exit(EXIT_CODE)
+
+    def state(self) -> dict[str, str | int]:
+        """What the loop does, and in which process."""
+        return {"state": self._state, "pid": os.getpid()}
+
+
+RemoteRolloutActor = ray.remote(max_restarts=-1, max_task_retries=-1)(RolloutActor)

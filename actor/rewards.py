@@ -1,0 +1,147 @@
+"""Graders: pure functions of (response, reference answer) to named scores.
+
+A grader knows no ticket, no model and no clock. It runs in a worker process of `grading.py`, which bounds its time;
+still, every grader here takes time linear in the response. A ticket names its grader, and the name is looked up in
+`GRADERS`: nothing is ever imported because of what came over the wire.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+Scores = dict[str, float]
+Grader = Callable[[str, str], Scores]
+
+# Possessive quantifiers (++, *+) never backtrack, so a megabyte of digits or blanks costs one pass.
+_INTEGER = r"[-−]?(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9,])|[0-9]++(?!,[0-9]))"
+_OPERATOR = r"(?:[-−+*×/÷x]|and\b|plus\b|minus\b|times\b)"
+_VERDICT = r"(?:=|is\b|are\b|equals\b|makes\b)"
+_RESTATEMENT = re.compile(rf"{_INTEGER}(?:\s*+{_OPERATOR}\s*+{_INTEGER})++\s*+{_VERDICT}\s*+", re.IGNORECASE)
+_WHOLE_INTEGER = re.compile(_INTEGER)
+
+_HEDGES = {"or", "nor", "and", "not", "than", "minus", "plus", "times", "negative"}
+_HEDGES |= {"about", "around", "approximately", "roughly", "maybe", "perhaps"}
+"""Words that take back, or change, the integer that they stand before."""
+_SIGNS_BEFORE_ANSWER = frozenset({"", "=", ":", "$", ",", "####"})
+
+
+def grade_integer(response: str, answer: str) -> Scores:
+    """Reward 1 where the response commits to one integer, at its very end, and that is the answer.
+
+    The last line must read `[words] [restatement] integer [.]`:
+
+    - words hold no digit or other numeral, and end in no hedge ("6 or 7", "not 7", "minus 7") and no sign other than
+      `= : $ , ####`;
+    - a restatement is an expression of integers that ends in = or is/are/equals/makes: "3 + 4 =", "3 plus 4 equals",
+      "the sum of 3 and 4 is". It is read, not checked: only the integer after it counts;
+    - the integer is written in ASCII digits, with or without correct thousands commas and an attached minus sign.
+
+    Earlier lines are reasoning and may say anything, but a last line that is a bare integer is then a list of
+    candidates ("6\\n7") unless they hold no numeral at all, and a sentence may not be repeated with another integer
+    ("It is 6.\\nIt is 7.").
+
+    Scores: "reward" = well-formed and right; "format" = well-formed; "answer" = the last integer of the text is right,
+    whatever its form. Raises ValueError where the reference answer is no integer.
+    """
+    expected = _canonical(answer.strip())
+    if expected is None:
+        raise ValueError(f'answer: found {answer[:40]!r}, allowed for the grader "integer": an integer')
+    committed = _committed_integer(response)
+    return {
+        "reward": float(committed == expected),
+        "format": float(committed is not None),
+        "answer": float(_last_integer(response) == expected),
+    }
+
+
+def grade_exact(response: str, answer: str) -> Scores:
+    """Reward 1 where response and answer are equal once blanks at both ends are gone."""
+    return {"reward": float(response.strip() == answer.strip())}
+
+
+GRADERS: Mapping[str, Grader] = {"integer": grade_integer, "exact": grade_exact}
+
+
+def find_grader(name: str, graders: Mapping[str, Grader] = GRADERS) -> Grader:
+    """Look a grader up by name. Raises ValueError with the allowed names."""
+    try:
+        return graders[name]
+    except KeyError:
+        raise ValueError(f"grader: found {name!r}, allowed: {', '.join(sorted(graders))}") from None
+
+
+def _committed_integer(response: str) -> str | None:
+    """The integer that a well-formed response ends with, in canonical form; None for any other response."""
+    *reasoning, last = response.strip().splitlines() or [""]
+    parsed = _split_answer_line(last)
+    if parsed is None:
+        return None
+    lead, value = parsed
+    if not lead:
+        return None if any(_has_numeral(line) for line in reasoning) else value
+    for line in reasoning:
+        earlier = _split_answer_line(line)
+        if earlier and earlier[0] == lead and earlier[1] != value:
+            return None
+    return value
+
+
+def _split_answer_line(line: str) -> tuple[str, str] | None:
+    """(what stands before the integer, the integer in canonical form), or None for a line of another form."""
+    line = line.strip().removesuffix(".")
+    lead = line.rstrip("0123456789,")
+    digits = line[len(lead) :]
+    if lead.endswith(("-", "−")):
+        lead, digits = lead[:-1], lead[-1] + digits
+    value = _canonical(digits)
+    if value is None or not _is_lead(lead):
+        return None
+    return " ".join(lead.casefold().split()), value
+
+
+def _is_lead(lead: str) -> bool:
+    """Whether an integer may follow: words without a numeral, or such words and then a restatement."""
+    first = re.search(r"[-−]?[0-9]", lead)
+    if first is not None:
+        words, restatement = lead[: first.start()], lead[first.start() :]
+        adjoined = words[-1:].isalnum() or words[-1:] in (".", "_")
+        separated = restatement[-1] == "=" or restatement[-1].isspace()
+        return bool(_RESTATEMENT.fullmatch(restatement)) and separated and not adjoined and not _has_numeral(words)
+    words = lead.rstrip()
+    stem = words.rstrip("=:$,#<>!~≈≠≤≥±+-−*/×÷.·°%&^_|\\'\"`()[]{}")
+    if words[len(stem) :] not in _SIGNS_BEFORE_ANSWER:
+        return False
+    if lead and lead == stem:  # a letter stands directly before the integer, as in "x7"
+        return False
+    last_word = stem.rstrip(" \t,:").rsplit(None, 1)[-1:] or [""]
+    return last_word[0].casefold().strip("(\"'*") not in _HEDGES and not _has_numeral(words)
+
+
+def _canonical(text: str) -> str | None:
+    """An integer without commas, leading zeros or "-0"; None for any other text.
+
+    Compared as text: `int` is quadratic in the number of digits.
+    """
+    if not _WHOLE_INTEGER.fullmatch(text):
+        return None
+    digits = text.lstrip("-−").replace(",", "").lstrip("0")
+    if not digits:
+        return "0"
+    return "-" + digits if text[0] in "-−" else digits
+
+
+def _last_integer(text: str) -> str | None:
+    """The last run of ASCII digits in a text as an integer, with the minus sign attached to it."""
+    after = re.search(r"[0-9]", text[::-1])
+    if after is None:
+        return None
+    upto = text[: len(text) - after.start()]
+    lead = upto.rstrip("0123456789,")
+    sign = "-" if lead.endswith(("-", "−")) else ""
+    return _canonical(sign + upto[len(lead) :].lstrip(","))
+
+
+def _has_numeral(text: str) -> bool:
+    """Digits of any script, fractions and superscripts included."""
+    return any(character.isnumeric() for character in text)

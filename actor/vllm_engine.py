@@ -1,0 +1,303 @@
+"""The inference engine that runs are made with: vLLM's `AsyncLLM` behind `actor.engine.Engine`.
+
+Starts vLLM with random weights, draws one completion a request, and swaps in whole versions that somebody else fetched
+and checked. It knows nothing of tickets, rewards or sockets; `actor.loop` calls it. CUDA is used where torch sees it,
+else the CPU build. vllm and torch are imported inside the functions, after the environment they read is set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import multiprocessing
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from actor.engine import Generated
+from actor.vllm_children import ERRORS_VARIABLE, PARENT_VARIABLE, describe, recorded_cause
+from protocol.errors import EngineFailed
+from protocol.messages import Manifest, Sampling, Welcome
+
+SHUTDOWN_GRACE_S = 2.0
+"""vLLM kills what has not ended by then; its processes hold nothing worth more patience."""
+STOP_TIMEOUT_S = 20.0
+GIB = 1 << 30
+BATCHED_TOKENS = 2048
+"""Tokens that the CPU engine takes through the model at once; a prompt has to fit as a whole."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The part of the recipe's `[actor]` section that concerns the engine (`protocol.config.ActorConfig`)."""
+
+    max_running: int = 64
+    kv_cache_gib: float = 1.0
+    gpu_memory_utilization: float = 0.85
+    threads: int = 0
+    enforce_eager: bool = True
+    gpus: float = 0.0
+
+    @classmethod
+    def of(cls, welcome: Welcome) -> EngineSettings:
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in welcome.engine.items() if key in known})  # type: ignore[arg-type]
+
+    @property
+    def tensor_parallel(self) -> int:
+        return max(1, int(self.gpus))
+
+    @property
+    def gpu_share(self) -> float:
+        """Share of a GPU's memory: the utilization, of the fraction where the actor has only a fraction of it."""
+        return self.gpu_memory_utilization * (self.gpus if 0 < self.gpus < 1 else 1.0)
+
+
+class VLLMEngine:
+    """See `actor.engine.Engine`. One per process; `start` once."""
+
+    def __init__(self) -> None:
+        self._llm: Any = None
+        self._version = 0
+        self._kv = "keep"
+        self._condemned = ""
+        self._errors = Path()
+        self._errors_seen = 0
+        # vLLM's processes are killed by the kernel when the thread that started them ends (`vllm_children`): this
+        # one lives until `stop`.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    async def start(self, welcome: Welcome) -> None:
+        self._kv = welcome.kv
+        self._errors = Path(tempfile.mkdtemp(prefix="tandem-engine-")) / "errors.jsonl"
+        try:
+            self._llm = await self._in_thread(self._build, welcome)
+        except Exception as error:
+            cause = self._cause(error)
+            await self.stop()
+            raise EngineFailed(cause) from error
+
+    def _build(self, welcome: Welcome) -> Any:
+        settings = EngineSettings.of(welcome)
+        import torch  # before the OpenMP variables: this process computes nothing
+
+        cuda = torch.cuda.is_available()
+        os.environ.update(environment(settings, cuda, self._errors))
+
+        from vllm.config import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from actor.vllm_weights import BACKEND, register
+
+        register()  # in this process, too: the configuration is checked here
+        return AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                **engine_arguments(welcome, settings, cuda),
+                weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            )
+        )
+
+    async def generate(
+        self, request_id: str, prompt_ids: tuple[int, ...], sampling: Sampling, seed: int, cache_salt: str
+    ) -> Generated:
+        """Raises EngineFailed when the engine died, ValueError when it refuses the request (a prompt too long)."""
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        self._check_serving()
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_tokens=sampling.max_tokens,
+            stop=list(sampling.stop),
+            seed=seed,
+            logprobs=0,  # of the sampled token only
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = TokensPrompt(prompt_token_ids=list(prompt_ids), cache_salt=cache_salt)
+        output = None
+        try:
+            async for partial in self._llm.generate(prompt, parameters, request_id):
+                output = partial
+        except VLLMClientError as error:
+            raise ValueError(f"request {request_id}: {error}") from error
+        except (EngineDeadError, EngineGenerateError) as error:
+            # The second is "unexpected, possibly recoverable", and what requests see first when a worker dies.
+            raise self._condemn(self._cause(error.__cause__ or error)) from error
+        if output is None or not output.finished:
+            raise RuntimeError(f"request {request_id}: the engine ended it without a result")
+        return to_generated(request_id, output.outputs[0])
+
+    async def load(self, manifest: Manifest, staged: Path) -> float:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        self._check_alive()
+        update = WeightTransferUpdateRequest(update_info={"path": str(staged)})
+        began = time.perf_counter()
+        self._errors_seen = self._errors.stat().st_size if self._errors.exists() else 0
+        try:
+            # clear_cache preempts what runs, so that its keys and values are computed again after the swap
+            await self._llm.pause_generation(mode="keep", clear_cache=self._kv == "recompute")
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(update)
+            await self._llm.finish_weight_update(weight_version=str(manifest.version))
+            await self._llm.resume_generation()
+        except BaseException as error:  # a cancelled load, too, leaves a mixture of versions
+            failure = self._condemn(f"loading version {manifest.version} failed: {self._cause(error)}")
+            if isinstance(error, Exception):
+                raise failure from error
+            raise
+        self._version = manifest.version
+        return time.perf_counter() - began
+
+    async def stop(self) -> None:
+        llm, self._llm = self._llm, None
+        self._condemned = self._condemned or "the engine was stopped"
+        await self._in_thread(end_processes, llm)
+        self._thread.shutdown(wait=False)
+        self._errors.unlink(missing_ok=True)
+        if self._errors.parent.name.startswith("tandem-engine-"):
+            self._errors.parent.rmdir()
+
+    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    def _check_alive(self) -> None:
+        if self._condemned or self._llm is None:
+            raise EngineFailed(self._condemned or "the engine was not started")
+
+    def _check_serving(self) -> None:
+        self._check_alive()
+        assert self._version, "generate before the first load: the weights are random"
+
+    def _cause(self, error: BaseException) -> str:
+        return recorded_cause(self._errors, self._errors_seen) or describe(error)
+
+    def _condemn(self, reason: str) -> EngineFailed:
+        self._condemned = self._condemned or reason
+        return EngineFailed(self._condemned)
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def environment(settings: EngineSettings, cuda: bool, errors: Path) -> dict[str, str]:
+    """Variables that vLLM's processes read, to be set before vllm is imported."""
+    variables = {
+        PARENT_VARIABLE: str(os.getpid()),
+        ERRORS_VARIABLE: str(errors),
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if not cuda:
+        threads = settings.threads or len(os.sched_getaffinity(0))
+        variables |= {
+            "OMP_NUM_THREADS": str(threads),  # Ray sets it to the actor's CPUs
+            # Bound, vLLM leaves a core to its scheduler: half of a small machine. The learner wants the cores as well,
+            # so threads wait asleep instead of spinning.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+    return variables
+
+
+def engine_arguments(welcome: Welcome, settings: EngineSettings, cuda: bool) -> dict[str, Any]:
+    """Keyword arguments of vLLM's `AsyncEngineArgs`."""
+    device: dict[str, Any]
+    if cuda:
+        device = {"gpu_memory_utilization": settings.gpu_share}
+        if settings.tensor_parallel > 1:  # inside a Ray placement group vLLM would take its Ray executor
+            device |= {"tensor_parallel_size": settings.tensor_parallel, "distributed_executor_backend": "mp"}
+    else:
+        device = {
+            "kv_cache_memory_bytes": int(settings.kv_cache_gib * GIB),
+            # A prompt that is cut in two while its request has a seed kills the CPU engine of vLLM 0.32: it rewinds the
+            # request's generator, which only CUDA's can ("CPU Generator does not use offset").
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(BATCHED_TOKENS, welcome.max_model_len),
+        }
+    return {
+        "model": welcome.model,
+        "load_format": "dummy",  # weights come over the wire
+        "dtype": welcome.dtype,
+        "max_model_len": welcome.max_model_len,
+        "max_num_seqs": settings.max_running,
+        "enforce_eager": settings.enforce_eager,
+        "logprobs_mode": "processed_logprobs",  # after temperature
+        "enable_prefix_caching": True,
+        "seed": welcome.seed,
+        "disable_log_stats": True,
+        "enable_log_requests": False,
+        **device,
+    }
+
+
+# --- what vLLM returns ----------------------------------------------------------------------------------------------
+
+
+def to_generated(request_id: str, completion: Any) -> Generated:
+    """Translate vLLM's `CompletionOutput`. Raises EngineFailed if a logprob or a version is missing or no number."""
+    token_ids = list(completion.token_ids)
+    positions: list[dict[int, Any]] = list(completion.logprobs or ())
+    if len(positions) != len(token_ids):
+        raise EngineFailed(f"request {request_id}: {len(token_ids)} tokens, but {len(positions)} logprobs")
+    logprobs = [_logprob(position, token) for position, token in zip(positions, token_ids, strict=True)]
+    if not all(map(math.isfinite, logprobs)):
+        raise EngineFailed(f"request {request_id}: logprobs of the sampled tokens are {logprobs}")
+    return Generated(
+        token_ids=token_ids,
+        logprobs=logprobs,
+        spans=to_spans(request_id, completion.weight_versions or (), len(token_ids)),
+        finish_reason=str(completion.finish_reason),
+        text=completion.text,
+    )
+
+
+def _logprob(position: dict[int, Any], token: int) -> float:
+    entry = position.get(token)
+    return math.nan if entry is None else float(entry.logprob)
+
+
+def to_spans(request_id: str, versions: Any, num_tokens: int) -> tuple[tuple[int, int], ...]:
+    """((version, first token index), ...) from vLLM's spans, which must cover all tokens without a gap."""
+    ends = [0, *(span.end for span in versions)]
+    starts = [*(span.start for span in versions), num_tokens]
+    if starts != ends:
+        raise EngineFailed(f"request {request_id}: version spans {list(versions)} do not cover {num_tokens} tokens")
+    return tuple((int(span.version), span.start) for span in versions)
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def end_processes(llm: Any) -> None:
+    """Shut vLLM down and wait until its processes, and theirs, are gone; kill what is left at the deadline."""
+    import psutil
+
+    cores = [psutil.Process(child.pid) for child in multiprocessing.active_children() if _is_engine_core(child)]
+    family = [*cores, *(process for core in cores for process in core.children(recursive=True))]
+    if llm is not None:
+        llm.shutdown(timeout=SHUTDOWN_GRACE_S)
+        llm.shutdown = lambda: None  # its finalizer's second call fails loudly at the interpreter's end
+    _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
+
+
+def _is_engine_core(child: Any) -> bool:
+    return child.name.startswith("EngineCore") and child.pid is not None

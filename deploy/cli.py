@@ -1,0 +1,241 @@
+"""The `tandem` command. Thin: each command checks its input, calls one function and turns its result into an exit code.
+
+Heavy packages are imported inside the commands, so that `tandem --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from protocol.errors import RecipeError
+
+if TYPE_CHECKING:
+    from protocol.config import Recipe
+    from protocol.rundir import RunDir
+
+app = typer.Typer(
+    name="tandem",
+    help="Align language models with a learner and vLLM rollout actors.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+
+console = Console()
+errors = Console(stderr=True)
+
+DEMO_RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.toml"
+EXIT_USER = 2
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. optim.lr=2e-5; repeatable.")
+]
+RunsDir = Annotated[Path, typer.Option("--runs", help="Directory that holds the runs.")]
+RayAddress = Annotated[str, typer.Option("--ray-address", help="Join this Ray cluster instead of starting Ray here.")]
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of data, sampling and shuffles.")] = 0,
+    overrides: Overrides = None,
+    runs: RunsDir = Path("runs"),
+    ray_address: RayAddress = "",
+) -> None:
+    """Align the bundled SmolLM2-135M on arithmetic with GRPO: a few minutes on two cores, from nothing to a report."""
+    from protocol.config import load_recipe
+
+    recipe = load_recipe(DEMO_RECIPE, (*(overrides or ()), f"seed={seed}"))
+    _run(recipe, _new_run(recipe, runs), ray_address)
+
+
+@app.command()
+def train(
+    recipe_path: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")] = None,
+    overrides: Overrides = None,
+    name: Annotated[str, typer.Option(help="Name of the run; default: the recipe's, with a number.")] = "",
+    runs: RunsDir = Path("runs"),
+    ray_address: RayAddress = "",
+) -> None:
+    """Train by a recipe, or go on with a run that was stopped (--resume, which keeps all but a few keys)."""
+    if (recipe_path is None) == (resume is None):
+        raise RecipeError("train: expected a RECIPE, or --resume RUN, and not both")
+    if resume is not None:
+        recipe, run = _resumed(resume, tuple(overrides or ()))
+    else:
+        from protocol.config import load_recipe
+
+        assert recipe_path is not None
+        given = (f'name="{name}"',) if name else ()
+        recipe = load_recipe(recipe_path, (*(overrides or ()), *given))
+        run = _new_run(recipe, runs)
+    _run(recipe, run, ray_address)
+
+
+@app.command()
+def learner(
+    recipe_path: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")],
+    overrides: Overrides = None,
+    runs: RunsDir = Path("runs"),
+) -> None:
+    """The learner's side by hand: prints the address for `tandem actor` in another terminal."""
+    from deploy.preflight import preflight
+    from learner.__main__ import main as learner_main
+    from protocol.config import load_recipe
+
+    recipe = load_recipe(recipe_path, (*(overrides or ()), "actor.count=0"))
+    run = _new_run(recipe, runs)
+    model = preflight(recipe, console.print)
+    _write_recipe(recipe, run)
+    console.print(f"once it listens, in another terminal:\n  tandem actor {run.endpoint}", soft_wrap=True)
+    raise typer.Exit(learner_main(["--run", str(run.path), "--model", str(model)]))
+
+
+@app.command()
+def actor(
+    learner_address: Annotated[str, typer.Argument(metavar="LEARNER", help="tcp://HOST:PORT or RUN/endpoint.json")],
+    name: Annotated[str, typer.Option(help="Unique among the actors of the run.")] = "by-hand-0",
+) -> None:
+    """One rollout actor by hand, without Ray: all it needs to know comes from the learner."""
+    from actor.__main__ import main as actor_main
+
+    raise typer.Exit(actor_main([learner_address, "--name", name]))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
+    """Print a run's report again, and draw its curve."""
+    from deploy.report import print_report
+
+    print_report(_existing_run(run), console)
+
+
+@app.command()
+def doctor(clean: Annotated[bool, typer.Option("--clean", help="Remove what crashed runs left.")] = False) -> None:
+    """Check this machine: versions, engine, Ray, ports, memory; say what to do about each fault."""
+    from rich.table import Table
+
+    from deploy.doctor import clean_stale, run_checks, stale_files
+
+    marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
+    table = Table("", "check", "found", "what to do")
+    with console.status("checking"):
+        checks = run_checks()
+    for check in checks:
+        table.add_row(marks[check.level], check.name, check.found, check.advice)
+    console.print(table)
+    if clean:
+        for path in clean_stale():
+            console.print(f"removed {path}")
+    elif stale := stale_files():
+        console.print(f"{len(stale)} leftovers of crashed runs; `tandem doctor --clean` removes them")
+    raise typer.Exit(1 if any(check.level == "fail" for check in checks) else 0)
+
+
+@model_app.command("fetch")
+def model_fetch(
+    path: Annotated[str, typer.Argument(help='Hub id, local directory, or "bundled".')] = "bundled",
+) -> None:
+    """Bring a model to this machine and say where it lies."""
+    from deploy.models import resolve_model
+
+    console.print(str(resolve_model(path, console.print)), soft_wrap=True)
+
+
+# --- what the commands share ---
+
+
+def _run(recipe: Recipe, run: RunDir, ray_address: str) -> None:
+    """Preflight, launch, report. Exits with the learner's code."""
+    from deploy.launch import launch
+    from deploy.preflight import preflight
+    from deploy.progress import ProgressView
+    from deploy.report import print_report
+    from protocol.rundir import read_json
+
+    began = time.monotonic()
+    console.print(f"run {run.path}", soft_wrap=True)
+    model = preflight(recipe, lambda text: console.print(f"[dim]{text}[/]", highlight=False))
+    _write_recipe(recipe, run)
+    with ProgressView(console, recipe.name) as view:
+        code = launch(recipe, run, model, view, ray_address)
+    status = read_json(run.status) or {}
+    if code == 0:
+        print_report(run, console)
+        console.print(f"finished in {(time.monotonic() - began) / 60:.1f} minutes")
+    elif code == 3:
+        console.print(f"stopped after step {status.get('step', 0)}. Go on with:\n  tandem train --resume {run.path}")
+    else:
+        errors.print(f"[red]the run failed:[/] {status.get('error', f'the learner ended with {code}')}", soft_wrap=True)
+        errors.print(f"logs: {run.logs}", soft_wrap=True)
+    raise typer.Exit(code if code >= 0 else 1)
+
+
+def _new_run(recipe: Recipe, runs: Path) -> RunDir:
+    """A directory of its own for a new run: NAME, or NAME-2, NAME-3 … where that is taken."""
+    from protocol.rundir import RunDir
+
+    for number in range(1, 10_000):
+        path = runs / (recipe.name if number == 1 else f"{recipe.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return RunDir(path.resolve()).create()
+    raise RecipeError(f"--runs {runs}: ten thousand runs are called {recipe.name}")
+
+
+def _existing_run(path: Path) -> RunDir:
+    from protocol.rundir import RunDir
+
+    run = RunDir(path.resolve())
+    if not run.recipe.is_file():
+        raise RecipeError(f"{path}: no run directory (it has no {run.recipe.name})")
+    return run
+
+
+def _resumed(path: Path, overrides: tuple[str, ...]) -> tuple[Recipe, RunDir]:
+    """A run to go on with, and its recipe with the changes that a resumed run may make."""
+    from protocol.config import check_resumable, load_recipe
+
+    run = _existing_run(path)
+    before, after = load_recipe(run.recipe), load_recipe(run.recipe, overrides)
+    for key, (old, new) in check_resumable(before, after).items():
+        console.print(f"{key}: {old!r} -> {new!r}")
+    if not any(run.checkpoints.glob("step-*")):
+        console.print("the run has no checkpoint yet: it starts from the beginning")
+    return after, run
+
+
+def _write_recipe(recipe: Recipe, run: RunDir) -> None:
+    import tomli_w
+
+    from protocol.rundir import replace_file
+
+    replace_file(run.recipe, tomli_w.dumps(recipe.model_dump(mode="json")))
+
+
+def main() -> None:
+    """Entry point: user errors become one message and exit code 2."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        app()
+    except (RecipeError, ValueError, FileNotFoundError) as error:
+        errors.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(EXIT_USER)
+    except (OSError, TimeoutError) as error:
+        errors.print(f"[red]error:[/] {type(error).__name__}: {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Starts a run on machines: the learner as a child process, rollout actors through Ray; ends all of it again.
+
+Ray alone restarts actors, the launcher alone restarts the learner. One machine gets a Ray of its own, on loopback, in a
+temporary directory that is removed afterwards; `--ray-address` joins a cluster instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from protocol.config import Recipe
+from protocol.errors import DeadlineExceeded
+from protocol.rundir import RunDir, read_json
+
+log = logging.getLogger(__name__)
+
+OWNER_FILE = "owner.pid"
+RAY_DIR_PREFIX = "tandem-ray-"
+POLL_S = 0.25
+LEARNER_START_S = 300.0
+STOP_S = 300.0
+"""Longest a learner may take from the request to stop to its end: a step and a checkpoint lie between."""
+MAX_LEARNER_RESTARTS = 3
+NO_RESTART = (0, 2, 3, 4)
+"""Exit codes of the learner that a restart cannot mend; see `learner/__main__.py`."""
+
+
+class View(Protocol):
+    """Shows people what goes on (`deploy/progress.py`)."""
+
+    def note(self, text: str) -> None: ...
+
+    def update(self, status: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Interrupts:
+    """Ctrl-C once: stop after the step. Twice: at once."""
+
+    count: int = 0
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+        self.arm()
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def arm(self) -> None:
+        """Take the signals; again after Ray has started, which puts a handler of its own on SIGTERM."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, *_: object) -> None:
+        self.count += 1
+
+
+def launch(recipe: Recipe, run: RunDir, model: Path, view: View, ray_address: str = "") -> int:
+    """Run to the end, or until interrupted. Returns the learner's exit code; everything started here has ended then."""
+    interrupts = Interrupts()
+    with interrupts.caught(), contextlib.ExitStack() as stack:
+        run.status.unlink(missing_ok=True)
+        stack.callback(remove_staged, run)
+        learner = stack.enter_context(LearnerProcess(run, model))
+        if recipe.actor.count:
+            view.note("starting Ray")
+            stack.enter_context(ray_runtime(recipe, ray_address))
+            interrupts.arm()
+            _wait_for_endpoint(run, learner, view, interrupts)
+            if learner.poll() is None:
+                stack.enter_context(rollout_actors(recipe, run))
+        return _watch(run, learner, view, interrupts)
+
+
+def _wait_for_endpoint(run: RunDir, learner: LearnerProcess, view: View, interrupts: Interrupts) -> None:
+    began = time.monotonic()
+    while not run.endpoint.exists() and learner.poll() is None and not interrupts.count:
+        if time.monotonic() - began > LEARNER_START_S:
+            raise DeadlineExceeded("the learner to open its sockets", time.monotonic() - began)
+        view.update(read_json(run.status) or {})
+        time.sleep(POLL_S)
+
+
+def _watch(run: RunDir, learner: LearnerProcess, view: View, interrupts: Interrupts) -> int:
+    """Show the learner's state until it ends; restart it when it was killed, pass interrupts on."""
+    stopping_since = 0.0
+    while True:
+        code = learner.poll()
+        view.update(read_json(run.status) or {})
+        if code is not None:
+            if code in NO_RESTART or interrupts.count or not learner.may_restart():
+                return code
+            view.note(f"the learner ended with {code}; restarting it from its last checkpoint")
+            learner.start()
+        if interrupts.count and not stopping_since:
+            stopping_since = time.monotonic()
+            view.note("stopping: the step in hand is finished and a checkpoint written (Ctrl-C again: at once)")
+            learner.signal(signal.SIGTERM)
+        if interrupts.count > 1 or (stopping_since and time.monotonic() - stopping_since > STOP_S):
+            view.note("stopping at once")
+            learner.kill()
+        time.sleep(POLL_S)
+
+
+class LearnerProcess:
+    """The learner as a child in a session of its own, so that Ctrl-C reaches only the launcher."""
+
+    def __init__(self, run: RunDir, model: Path) -> None:
+        self.run, self.model = run, model
+        self.restarts = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> LearnerProcess:
+        self.start()
+        return self
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "learner", "--run", str(self.run.path), "--model", str(self.model)]
+        with open(self.run.logs / "learner.log", "ab") as output:
+            self._process = subprocess.Popen(
+                [*command, "--parent", str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        assert self._process is not None
+        return self._process.poll()
+
+    def may_restart(self) -> bool:
+        """Whether another start makes sense: there is a checkpoint, and few restarts so far."""
+        self.restarts += 1
+        return self.restarts <= MAX_LEARNER_RESTARTS and any(self.run.checkpoints.glob("step-*"))
+
+    def signal(self, signum: int) -> None:
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.send_signal(signum)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process is not None
+        if self._process.poll() is None:
+            self.signal(signal.SIGTERM)
+            try:
+                self._process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self._process.wait(timeout=20)
+
+
+# --- Ray ------------------------------------------------------------------------------------------------------------
+
+
+def actor_gpus(recipe: Recipe, gpus: int) -> float:
+    """GPUs that each actor asks of Ray: as the recipe says, else one beside the learner's, or half of the only one."""
+    if recipe.actor.gpus or not gpus or recipe.actor.engine == "fake":
+        return recipe.actor.gpus
+    return 1.0 if gpus > 1 else 0.5 / max(1, recipe.actor.count)
+
+
+@contextlib.contextmanager
+def ray_runtime(recipe: Recipe, address: str) -> Iterator[None]:
+    """Ray while the run lasts: joined where an address is given, else one of our own on loopback."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {"address": address} if address else _own_ray(recipe, stack)
+        import ray  # after the token: Ray reads it when it is loaded
+
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+        stack.callback(ray.shutdown)
+        yield
+
+
+def _own_ray(recipe: Recipe, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Options of a Ray of this run alone, and the temporary directory that it lives in (its path must be short)."""
+    directory = Path(tempfile.mkdtemp(prefix=RAY_DIR_PREFIX))
+    stack.callback(shutil.rmtree, directory, ignore_errors=True)
+    (directory / OWNER_FILE).write_text(str(os.getpid()))
+    _make_ray_token(directory / "token")
+    return {
+        "address": "local",
+        "num_cpus": max(os.cpu_count() or 1, int(recipe.actor.count * recipe.actor.cpus) + 1),
+        "include_dashboard": False,
+        "object_store_memory": 100 << 20,
+        "_temp_dir": str(directory),
+        "_node_ip_address": "127.0.0.1",
+    }
+
+
+def _make_ray_token(path: Path) -> None:
+    """Ray's own processes talk to each other with a token of this run, in a file that only its user reads."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+@contextlib.contextmanager
+def rollout_actors(recipe: Recipe, run: RunDir) -> Iterator[list[Any]]:
+    """The run's rollout actors, removed at the end. Ray restarts them in between."""
+    import ray
+
+    from actor.cluster import RemoteRolloutActor
+
+    gpus = actor_gpus(recipe, int(ray.cluster_resources().get("GPU", 0)))
+    actors = [
+        RemoteRolloutActor.options(
+            name=f"tandem-{run.path.name}-actor-{number}", num_cpus=recipe.actor.cpus, num_gpus=gpus
+        ).remote(
+            str(run.endpoint), f"actor-{number}", str(run.logs / f"actor-{number}.log"), recipe.wire.lost_learner_s
+        )
+        for number in range(recipe.actor.count)
+    ]
+    try:
+        yield actors
+    finally:
+        for actor in actors:
+            with contextlib.suppress(Exception):
+                ray.kill(actor, no_restart=True)
+
+
+def remove_staged(run: RunDir) -> None:
+    """Remove what killed actors of this run left in shared memory."""
+    for directory in Path("/dev/shm").glob(f"tandem-{run.path.name}-actor-*"):
+        shutil.rmtree(directory, ignore_errors=True)

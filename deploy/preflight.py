@@ -1,0 +1,81 @@
+"""Everything that can be known to be wrong before a process is started: what needs files, the model or the machine."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deploy.models import model_limits, resolve_model
+from protocol.config import Recipe
+from protocol.errors import RecipeError
+
+
+def preflight(recipe: Recipe, progress: Callable[[str], None]) -> Path:
+    """Check a recipe against this machine; returns the model's directory.
+
+    Raises RecipeError naming the key, what was found and what is allowed.
+    """
+    for key, name in (("task.train", recipe.task.train), ("task.heldout", recipe.task.heldout)):
+        if name and not Path(name).is_file():
+            raise RecipeError(f"{key}: found {name!r}, which is no file; allowed: an existing JSONL file")
+    check_gpus(recipe)
+    check_port(recipe.wire.host, recipe.wire.port)
+    try:
+        model = resolve_model(recipe.model.path, progress)
+    except ValueError as error:
+        raise RecipeError(f"model.path: {error}") from None
+    limit = model_limits(model)
+    if recipe.model.max_model_len > limit:
+        raise RecipeError(
+            f"model.max_model_len: found {recipe.model.max_model_len}, allowed: at most {limit}, the model's context"
+        )
+    check_task(recipe, model, progress)
+    return model
+
+
+def check_task(recipe: Recipe, model: Path, progress: Callable[[str], None]) -> None:
+    """Load the task as the learner will: data sets, splits and prompt lengths."""
+    from transformers import AutoTokenizer
+
+    from learner.intake.data import load_task
+
+    progress("checking the task's data")
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    load_task(recipe, tokenizer)
+
+
+def check_gpus(recipe: Recipe) -> None:
+    """Raise RecipeError if the recipe asks for GPUs that this machine has not."""
+    found = gpu_count()
+    if recipe.learner.device == "cuda" and not found:
+        raise RecipeError('learner.device: found "cuda", but no GPU is visible here; allowed: "auto" or "cpu"')
+    if recipe.actor.gpus * recipe.actor.count > found and recipe.actor.count:
+        raise RecipeError(
+            f"actor.gpus: found {recipe.actor.gpus} for each of {recipe.actor.count} actors, allowed here: {found} GPUs"
+            " in all (0 picks what there is)"
+        )
+
+
+def gpu_count() -> int:
+    """GPUs that torch sees."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise RecipeError if the work socket's port is taken."""
+    if not port:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise RecipeError(
+                f"wire.port: found {port}, which cannot be bound on {host} ({error.strerror}); allowed: a free port,"
+                " or 0 for any"
+            ) from None

@@ -1,0 +1,158 @@
+"""The live view of a run in a terminal: what is waited for, then step, reward, tokens/s, lag, version, time left.
+
+A terminal gets a panel that is drawn anew; a pipe or a log gets one line for each change. Reads the learner's
+status.json, nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+SPARKS = "▁▂▃▄▅▆▇█"
+LINE_EVERY_S = 15.0
+
+
+def sparkline(values: list[float], low: float = 0.0, high: float = 1.0) -> str:
+    """One block character for each value, from `low` (empty) to `high` (full)."""
+    span = max(high - low, 1e-9)
+    return "".join(SPARKS[min(len(SPARKS) - 1, max(0, int((value - low) / span * len(SPARKS))))] for value in values)
+
+
+def minutes(seconds: float) -> str:
+    """Seconds as m:ss."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class ProgressView:
+    """Used as a context manager by the commands; `launch` feeds it."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self.console = console
+        self.title = title
+        self.began = time.monotonic()
+        self._note = ""
+        self._status: dict[str, Any] = {}
+        self._live = (
+            Live(get_renderable=self._panel, console=console, refresh_per_second=4) if console.is_terminal else None
+        )
+        self._printed: tuple[Any, ...] = ()
+        self._printed_at = 0.0
+
+    def __enter__(self) -> ProgressView:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def note(self, text: str) -> None:
+        """A line that stays: something that happened once."""
+        self._note = text
+        self.console.print(f"[dim]{minutes(time.monotonic() - self.began)}[/] {text}", highlight=False)
+
+    def update(self, status: dict[str, Any]) -> None:
+        self._status = status
+        if self._live is None:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        """For logs: a line for each new phase and step, and every 15 s while something is waited for."""
+        status = self._status
+        key = (status.get("phase"), status.get("step"), len(status.get("evals", {})))
+        now = time.monotonic()
+        if not status or (key == self._printed and now - self._printed_at < LINE_EVERY_S):
+            return
+        if key == self._printed and not status.get("waiting_for"):
+            return
+        self._printed, self._printed_at = key, now
+        clock = minutes(now - self.began)
+        self.console.print(f"{clock} {describe(status)}", highlight=False, soft_wrap=True)
+
+    def _panel(self) -> RenderableType:
+        status = self._status
+        elapsed = minutes(time.monotonic() - self.began)
+        rows: list[RenderableType] = [Text(describe_phase(status) or self._note or "starting", style="bold")]
+        if status.get("waiting_for"):
+            waited = status.get("waited_s", 0.0)
+            rows.append(Text(f"waiting {waited:.0f} s for {status['waiting_for']}", style="yellow"))
+        if status.get("step") or status.get("phase") == "training":
+            rows += [Text(), _step_bar(status), _figures(status)]
+        if status.get("evals"):
+            rows.append(Text("held-out reward: " + evals_line(status["evals"]), style="cyan"))
+        left = f", about {minutes(status['left_s'])} left" if status.get("left_s") else ""
+        return Panel(Group(*rows), title=f"tandem · {self.title}", subtitle=f"{elapsed}{left}", border_style="blue")
+
+
+def describe_phase(status: dict[str, Any]) -> str:
+    """The learner's phase in words."""
+    phase = str(status.get("phase", ""))
+    if phase == "warm start" and "warm_start_batch" in status:
+        return (
+            f"warm start (SFT): batch {status['warm_start_batch']} of {status['warm_start_batches']},"
+            f" loss {status['loss']:.3f}"
+        )
+    return phase
+
+
+def describe(status: dict[str, Any]) -> str:
+    """One line for a log."""
+    parts = [describe_phase(status)]
+    if status.get("phase") == "training" and status.get("step"):
+        parts = [
+            f"step {status['step']}/{status['steps']}",
+            f"reward {status['reward_mean']:.3f}",
+            f"rollout {status['rollout_tokens_per_s']:.0f} tok/s",
+            f"learner {status['learner_tokens_per_s']:.0f} tok/s",
+            f"lag {status['lag_mean']:.2f}",
+            f"version {status['version']:.0f}",
+            f"left {minutes(status['left_s'])}",
+        ]
+    elif status.get("waiting_for"):
+        parts.append(f"waiting {status['waited_s']:.0f} s for {status['waiting_for']}")
+    if status.get("evals") and status.get("phase") != "training":
+        parts.append("held-out reward: " + evals_line(status["evals"]))
+    return " · ".join(part for part in parts if part)
+
+
+def evals_line(evals: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {reward:.3f}" for name, reward in evals.items())
+
+
+def _step_bar(status: dict[str, Any]) -> RenderableType:
+    table = Table.grid(padding=(0, 1))
+    step, steps = status.get("step", 0), status.get("steps", 1)
+    table.add_row(f"step {step}/{steps}", ProgressBar(total=steps, completed=step, width=40))
+    return table
+
+
+def _figures(status: dict[str, Any]) -> RenderableType:
+    """Figures of the last step, two columns."""
+
+    def figure(key: str, form: str) -> str:
+        value = status.get(key)
+        return form.format(value) if isinstance(value, int | float) else "–"
+
+    table = Table.grid(padding=(0, 2))
+    table.add_row("reward", figure("reward_mean", "{:.3f}"), sparkline(status.get("curve", [])))
+    table.add_row("rollout", figure("rollout_tokens_per_s", "{:.0f} tok/s"), f"{status.get('actors', 0)} actors")
+    table.add_row(
+        "learner",
+        figure("learner_tokens_per_s", "{:.0f} tok/s"),
+        f"{figure('train_s', '{:.1f} s')} training, {figure('wait_s', '{:.1f} s')} waiting",
+    )
+    table.add_row("lag", figure("lag_mean", "{:.2f} steps"), f"max {figure('lag_max', '{:.0f}')}")
+    table.add_row("weights", figure("version", "version {:.0f}"), "")
+    return table

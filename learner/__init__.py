@@ -1,0 +1,1 @@
+"""Group -> new weights. Never imports the actor."""

@@ -1,0 +1,70 @@
+"""`python -m learner --run DIR --model DIR`: the learner process of a run whose recipe lies in DIR/recipe.toml.
+
+Exit codes: 0 the run went to its end; 3 it was asked to stop and can be resumed; 2 something a user can mend; 4 the
+actors' engines cannot work; 1 anything else. The launcher restarts it on 1, and when it was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from protocol.config import load_recipe
+from protocol.errors import DeadlineExceeded, EngineFailed, RecipeError
+from protocol.rundir import RunDir, read_json, write_json
+
+EXIT_FINISHED, EXIT_FAILED, EXIT_USER, EXIT_STOPPED, EXIT_ENGINE = 0, 1, 2, 3, 4
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel send SIGTERM when the launcher dies, so that nothing is left running."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise SystemExit("the launcher is gone")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m learner", description=__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="run directory with recipe.toml")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the model to train")
+    parser.add_argument("--parent", type=int, default=0, help="process id of the launcher: end when it ends")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if options.parent:
+        die_with_parent(options.parent)
+
+    from learner.loop import Learner, StopFlag
+
+    stop = StopFlag()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop.set)
+    run = RunDir(options.run).create()
+    try:
+        finished = Learner(load_recipe(run.recipe), run, options.model, stop)()
+    except EngineFailed as error:
+        return _fail(run, EXIT_ENGINE, f"the engine failed: {error}")
+    except DeadlineExceeded as error:
+        return _fail(run, EXIT_ENGINE, str(error))
+    except (RecipeError, ValueError, OSError) as error:
+        logging.exception("the learner cannot go on")
+        return _fail(run, EXIT_USER, str(error))
+    except Exception as error:
+        logging.exception("the learner failed")
+        return _fail(run, EXIT_FAILED, f"{type(error).__name__}: {error}")
+    return EXIT_FINISHED if finished else EXIT_STOPPED
+
+
+def _fail(run: RunDir, code: int, error: str) -> int:
+    logging.error("%s", error)
+    write_json(run.status, (read_json(run.status) or {}) | {"phase": "failed", "error": error})
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""Packs prompts and their completions into tensors: each prompt once, its completions behind it under a block mask.
+
+A row is one prompt followed by several completions. A completion's tokens see the prompt and their own past, never each
+other's completions, and position ids restart behind the prompt, so a row means exactly what its sequences mean one at
+a time. Compared with one padded line for each completion this leaves out the repeated prompts and most of the padding,
+and lets the vocabulary head run at response positions only (2-3 times faster on the whole).
+
+Knows nothing of rewards, losses or models. `methods/` build rows; `step.py` packs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+PROMPT_SEGMENT = 0
+PADDING_SEGMENT = -1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion, as long as `token_ids` says (T >= 1)."""
+
+    token_ids: NDArray[np.int32]
+    """[T] sampled tokens, the end-of-sequence token included."""
+    engine_logprobs: NDArray[np.float32]
+    """[T] of the engine, after temperature; zeros for demonstrations."""
+    mask: NDArray[np.bool_]
+    """[T] True where a token may be trained on."""
+    advantage: float
+    lag: NDArray[np.int32]
+    """[T] steps by which the weights that drew each token were behind."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and the completions that are computed behind it."""
+
+    prompt_ids: tuple[int, ...]
+    samples: tuple[Sample, ...]
+    temperature: float = 1.0
+
+    @property
+    def packed_length(self) -> int:
+        """Input positions of the row: nothing is predicted from a completion's last token, so it is not an input."""
+        return len(self.prompt_ids) + sum(sample.num_tokens - 1 for sample in self.samples)
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What one optimizer update is computed from. The counts are its denominators, whatever the rows leave out."""
+
+    rows: tuple[Row, ...]
+    num_tokens: int
+    """Trainable tokens of all completions of the update, those left out of `rows` (advantage 0) included."""
+    num_sequences: int
+    """Completions of the update, counted in the same way."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's worth of updates."""
+
+    step: int
+    """Steps finished before this one; sets the learning rate and names the step in errors."""
+    minibatches: tuple[Minibatch, ...]
+    stats: dict[str, float]
+    """What the method has to say about the groups, for the metrics."""
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One microbatch. R rows, L positions (the longest row), N response tokens, in order of rows and samples."""
+
+    input_ids: Tensor
+    """[R, L] int64; 0 in the padding."""
+    position_ids: Tensor
+    """[R, L] int64; restarts behind the prompt for every completion."""
+    attention: Tensor
+    """[R, 1, L, L] bool: True where the query (third axis) sees the key (fourth)."""
+    predict_index: Tensor
+    """[N] int64: flat index into R*L of the hidden state that predicts the token."""
+    target_ids: Tensor
+    """[N] int64."""
+    engine_logprobs: Tensor
+    """[N] float32."""
+    advantages: Tensor
+    """[N] float32, the same for all tokens of a sequence."""
+    mask: Tensor
+    """[N] bool: may be trained on."""
+    temperature: Tensor
+    """[N] float32."""
+    lag: Tensor
+    """[N] int64, steps."""
+    sequence_index: Tensor
+    """[N] int64: which completion of this microbatch, from 0."""
+    sequence_tokens: Tensor
+    """[N] int64: trainable tokens of the token's own completion (a completion is never split)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens, N."""
+        return self.target_ids.numel()
+
+    @property
+    def num_positions(self) -> int:
+        """R * L: what the forward pass computes, padding included."""
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device) -> PackedBatch:
+        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+def plan_microbatches(rows: Iterable[Row], budget_tokens: int) -> list[list[Row]]:
+    """Put rows of similar length together until rows x longest reaches `budget_tokens`, padding included.
+
+    A row over the budget is split: prompt repeated, completions divided. A single completion that exceeds it with its
+    prompt gets a microbatch of its own, since it cannot be made smaller. Longest first, so that memory peaks at once.
+    """
+    pieces = [piece for row in rows for piece in split_row(row, budget_tokens)]
+    pieces.sort(key=lambda row: row.packed_length, reverse=True)
+    plan: list[list[Row]] = []
+    for row in pieces:
+        if plan and (len(plan[-1]) + 1) * plan[-1][0].packed_length <= budget_tokens:
+            plan[-1].append(row)
+        else:
+            plan.append([row])
+    return plan
+
+
+def split_row(row: Row, budget_tokens: int) -> list[Row]:
+    """Divide a row's completions over as few rows as the budget allows, in order. Empty rows vanish."""
+    pieces: list[Row] = []
+    held: list[Sample] = []
+    for sample in row.samples:
+        if held and replace(row, samples=(*held, sample)).packed_length > budget_tokens:
+            pieces.append(replace(row, samples=tuple(held)))
+            held = []
+        held.append(sample)
+    if held:
+        pieces.append(replace(row, samples=tuple(held)))
+    return pieces
+
+
+def pack(rows: Sequence[Row]) -> PackedBatch:
+    """Lay out rows as one microbatch on the CPU. Raises ValueError for an empty prompt or an empty completion."""
+    for row in rows:
+        if not row.prompt_ids:
+            raise ValueError(
+                "found a row with an empty prompt, expected at least one token (nothing predicts the first)"
+            )
+        if not all(sample.num_tokens for sample in row.samples):
+            raise ValueError("found a completion without tokens, expected them to be left out before packing")
+    length = max(row.packed_length for row in rows)
+    input_ids = np.zeros((len(rows), length), np.int64)
+    position_ids = np.zeros((len(rows), length), np.int64)
+    segments = np.full((len(rows), length), PADDING_SEGMENT, np.int64)
+    predict_index: list[NDArray[np.int64]] = []
+    for r, row in enumerate(rows):
+        prompt = len(row.prompt_ids)
+        input_ids[r, :prompt] = row.prompt_ids
+        position_ids[r, :prompt] = np.arange(prompt)
+        segments[r, :prompt] = PROMPT_SEGMENT
+        start = prompt
+        for k, sample in enumerate(row.samples):
+            end = start + sample.num_tokens - 1
+            input_ids[r, start:end] = sample.token_ids[:-1]
+            position_ids[r, start:end] = prompt + np.arange(end - start)
+            segments[r, start:end] = PROMPT_SEGMENT + 1 + k
+            predict_index.append(r * length + np.concatenate(([prompt - 1], np.arange(start, end))))
+            start = end
+    samples = [(row, sample) for row in rows for sample in row.samples]
+    counts = np.array([sample.num_tokens for _, sample in samples])
+    trainable = np.array([sample.mask.sum() for _, sample in samples])
+
+    def per_token(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.repeat(np.asarray(values), counts)).to(dtype)
+
+    def joined(arrays: list[NDArray], dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays)).to(dtype)
+
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        attention=block_mask(torch.from_numpy(segments)),
+        predict_index=joined(predict_index, torch.int64),
+        target_ids=joined([s.token_ids for _, s in samples], torch.int64),
+        engine_logprobs=joined([s.engine_logprobs for _, s in samples], torch.float32),
+        advantages=per_token([s.advantage for _, s in samples], torch.float32),
+        mask=joined([s.mask for _, s in samples], torch.bool),
+        temperature=per_token([row.temperature for row, _ in samples], torch.float32),
+        lag=joined([s.lag for _, s in samples], torch.int64),
+        sequence_index=per_token(range(len(samples)), torch.int64),
+        sequence_tokens=per_token(trainable.tolist(), torch.int64),
+    )
+
+
+def block_mask(segments: Tensor) -> Tensor:
+    """Who sees whom: [R, L] segment numbers -> [R, 1, L, L] bool.
+
+    A position sees earlier positions (and itself) of the prompt and of its own segment. Padding sees the prompt as
+    well, so that no query is without keys (a softmax over nothing is NaN); nothing sees padding but padding.
+    """
+    length = segments.shape[1]
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return (causal & ((key == PROMPT_SEGMENT) | (key == query)))[:, None]

@@ -1,0 +1,143 @@
+"""Checkpoints: fp32 master weights, optimizer moments and the loop's own state, written whole or not at all.
+
+A checkpoint is a directory `step-00000012` of two safetensors files and `state.json`, which lists the files with sizes
+and digests. It is written under a temporary name, synced, then renamed, so a directory of the final name is complete
+unless the disk lost something, and then `load` says so. No pickle. Training draws no random numbers (dropout is off,
+orders depend on seeds), so weights, moments and the loop's state are all that a run consists of.
+
+Called by the loop between steps. Knows nothing of what the loop's state means.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from learner.model import PolicyModel
+from learner.optim import Optimizer
+
+FORMAT = 1
+WEIGHTS, MOMENTS, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+NAME = re.compile(r"step-(\d{8,})")
+READ_BYTES = 8 << 20
+
+
+def save(
+    directory: Path, step: int, model: PolicyModel, optimizer: Optimizer, state: dict[str, Any], keep: int
+) -> Path:
+    """Write `directory`/step-NNNNNNNN and leave only the newest `keep` checkpoints. Returns its path.
+
+    `state` is the loop's own, anything that JSON can hold. A checkpoint of the same step is replaced.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    final = directory / f"step-{step:08d}"
+    temporary = directory / f".{final.name}"
+    for left_over in directory.glob(".step-*"):  # of a process that was killed while it saved
+        shutil.rmtree(left_over)
+    temporary.mkdir()
+    save_file(_on_cpu(dict(model.named_parameters())), temporary / WEIGHTS)
+    save_file(_on_cpu(optimizer.state_tensors()), temporary / MOMENTS)
+    files = {name: _describe(temporary / name) for name in (WEIGHTS, MOMENTS)}
+    header = {"format": FORMAT, "step": step, "files": files, "state": state}
+    (temporary / STATE).write_text(json.dumps(header, indent=1))
+    for path in (*temporary.iterdir(), temporary):
+        _sync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync(directory)
+    for old in _checkpoints(directory)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(path: Path, model: PolicyModel, optimizer: Optimizer) -> dict[str, Any]:
+    """Put a checkpoint back into model and optimizer, bit for bit. Returns the loop's state.
+
+    Everything is read and checked before anything is changed. Raises ValueError, naming the file, for a checkpoint
+    that is incomplete, truncated, altered, of another format or of another model.
+    """
+    header = _read_header(path)
+    tensors = {name: _read_tensors(path / name, header["files"].get(name)) for name in (WEIGHTS, MOMENTS)}
+    weights = tensors[WEIGHTS]
+    parameters = dict(model.named_parameters())
+    if weights.keys() != parameters.keys():
+        different = sorted(weights.keys() ^ parameters.keys())
+        raise ValueError(f"{path / WEIGHTS}: holds another model: {', '.join(different[:5])} on one side only")
+    for name, parameter in parameters.items():
+        if weights[name].shape != parameter.shape:
+            raise ValueError(
+                f"{path / WEIGHTS}, {name}: found shape {list(weights[name].shape)}, expected {list(parameter.shape)}"
+            )
+    optimizer.load_state_tensors(tensors[MOMENTS])
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+    return header["state"]
+
+
+def latest(directory: Path) -> Path | None:
+    """The newest checkpoint, None if there is none. Looks at names only: `load` refuses a damaged one, it is never
+    passed over in silence for an older one."""
+    found = _checkpoints(directory)
+    return found[-1] if found else None
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    steps = {path: match for path in directory.iterdir() if (match := NAME.fullmatch(path.name))}
+    return sorted(steps, key=lambda path: int(steps[path][1]))
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads((path / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path / STATE}: not a complete checkpoint: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else header
+        raise ValueError(f"{path / STATE}: found checkpoint format {found!r}, this version reads {FORMAT}")
+    return header
+
+
+def _read_tensors(path: Path, described: dict[str, Any] | None) -> dict[str, Tensor]:
+    try:
+        found = _describe(path)
+        if found != described:
+            raise ValueError(
+                f"{path}: found {found}, the checkpoint was written with {described}: truncated or altered"
+            )
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a complete checkpoint: {error}") from error
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(READ_BYTES):
+            digest.update(piece)
+    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+
+
+def _on_cpu(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,337 @@
+"""Which ticket goes to whom, and what became of each: a state machine without socket or thread.
+
+Time comes in as an argument. `server.py` calls it for actors, `source.py` for the learner, both under one lock. Every
+transition ends in `check`: each train ticket ever issued is in exactly one state,
+
+    issued = trained + filtered + failed + dropped + abandoned + in training + queued + leased
+
+where "leased" includes tickets that wait to be issued again. Staleness is bounded by admission: live tickets (leased,
+queued, in training) never exceed (max_lag + 1) x groups_per_step, and a ticket for step s may only begin on weights of
+step s - max_lag or later. Evaluation tickets have a ledger of their own (epochs below zero).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from protocol.messages import Group, Ticket, TicketId
+
+TRAIN_EPOCH = 0
+MISSED_BEATS = 2
+"""Heartbeats in a row that do not list a lease until it is issued again."""
+
+TicketMaker = Callable[[int], Ticket]
+"""Ticket for a train index; the dispatcher fills in attempt and min_version."""
+
+
+@dataclass
+class Lease:
+    """A ticket in an actor's hands."""
+
+    ticket: Ticket
+    actor: str
+    issued_at: float
+    missed_beats: int = 0
+
+
+@dataclass
+class Ledger:
+    """Live tickets of one kind. Orders issue, keeps leases and finished groups that nobody has taken yet."""
+
+    waiting: deque[Ticket] = field(default_factory=deque)
+    leased: dict[TicketId, Lease] = field(default_factory=dict)
+    queued: dict[TicketId, Group] = field(default_factory=dict)
+    failed: dict[TicketId, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.leased) + len(self.queued)
+
+    def issue(self, actor: str, version: int, now: float) -> Ticket | None:
+        """Lease the first waiting ticket that an engine at `version` may begin."""
+        for position, ticket in enumerate(self.waiting):
+            if ticket.min_version <= version:
+                del self.waiting[position]
+                self.leased[ticket.id] = Lease(ticket, actor, now)
+                return ticket
+        return None
+
+    def give_back(self, ticket_id: TicketId, max_attempts: int, why: str) -> bool:
+        """Return a lease to the front of the line, in ticket order; False if it has failed for good."""
+        ticket = self.leased.pop(ticket_id).ticket
+        if ticket.attempt >= max_attempts:
+            self.failed[ticket_id] = why
+            return False
+        again = msgspec.structs.replace(ticket, attempt=ticket.attempt + 1)
+        self.waiting = deque(sorted([*self.waiting, again], key=lambda waiting: waiting.id))
+        return True
+
+    def receive(self, group: Group) -> bool:
+        """Keep a group if its ticket is still open, whoever holds it: the first one journaled counts."""
+        if group.id in self.leased:
+            del self.leased[group.id]
+        elif any(ticket.id == group.id for ticket in self.waiting):
+            self.waiting = deque(ticket for ticket in self.waiting if ticket.id != group.id)
+        else:
+            return False
+        self.queued[group.id] = group
+        return True
+
+    def holders(self) -> dict[TicketId, str]:
+        return {ticket_id: lease.actor for ticket_id, lease in self.leased.items()}
+
+
+class Dispatcher:
+    """Tickets of a run. Not thread-safe."""
+
+    def __init__(
+        self, make_ticket: TicketMaker, *, groups_per_step: int, max_lag: int, steps: int, max_attempts: int
+    ) -> None:
+        self.make_ticket = make_ticket
+        self.groups_per_step = groups_per_step
+        self.max_lag = max_lag
+        self.steps = steps
+        self.max_attempts = max_attempts
+        self.step = 0
+        self.next_index = 0
+        self.step_versions: dict[int, int] = {}
+        """Version that carries the weights of a step; empty until the first publication."""
+        self.training_enabled = False
+        """Train tickets are issued only between `resume_training` and the end: evaluations want idle engines."""
+        self.train, self.eval = Ledger(), Ledger()
+        self.in_training: dict[TicketId, Group] = {}
+        self._replay: dict[int, Group] = {}
+        """Journaled groups of tickets that a resumed run has not reached again."""
+        self.trained = self.filtered = self.dropped = self.abandoned = 0
+        self.duplicates = self.reissued = 0
+        self._eval_epoch = 0
+
+    # --- towards actors ---
+
+    def issue(self, actor: str, version: int, now: float) -> Ticket | None:
+        """Next ticket for an actor whose engine serves `version`; None if there is none for it now."""
+        if version <= 0:
+            return None
+        ticket = self.eval.issue(actor, version, now)
+        if ticket is None and self.training_enabled:
+            ticket = self.train.issue(actor, version, now)
+            while ticket is None and self._may_admit():
+                self._admit()
+                ticket = self.train.issue(actor, version, now)
+        self.check()
+        return ticket
+
+    def live(self) -> int:
+        """Train tickets that count against the staleness bound."""
+        return len(self.train) + len(self.in_training)
+
+    def _may_admit(self) -> bool:
+        wanted = (self.steps - self.step) * self.groups_per_step
+        return self.live() < min((self.max_lag + 1) * self.groups_per_step, wanted)
+
+    def _admit(self) -> None:
+        """Add the next ticket of the run. Its position among the live ones says which step will train on it."""
+        due_step = self.step + self.live() // self.groups_per_step
+        oldest_step = max(0, due_step - self.max_lag)
+        self._open(self.next_index, self.version_of_step(oldest_step))
+        self.next_index += 1
+
+    def _open(self, index: int, min_version: int) -> None:
+        """Make a ticket live: to be issued, or queued at once if the journal of an earlier process has its group."""
+        ticket_id = TicketId(TRAIN_EPOCH, index)
+        group = self._replay.pop(index, None)
+        if group is not None:
+            self.train.queued[ticket_id] = group
+        else:
+            self.train.waiting.append(msgspec.structs.replace(self.make_ticket(index), min_version=min_version))
+
+    def receive(self, group: Group) -> bool:
+        """Take in a journaled group. False: duplicate, late or unknown; acknowledge it and forget it."""
+        accepted = self._ledger(group.id).receive(group)
+        self.duplicates += not accepted
+        self.check()
+        return accepted
+
+    def wants(self, ticket_id: TicketId) -> bool:
+        """Whether a group for this ticket would be accepted, so that the journal holds no duplicates."""
+        ledger = self._ledger(ticket_id)
+        return ticket_id in ledger.leased or any(ticket.id == ticket_id for ticket in ledger.waiting)
+
+    def give_back(self, ticket_id: TicketId, actor: str, why: str) -> None:
+        """A lease is lost: the ticket is issued again, or failed after `max_attempts`."""
+        ledger = self._ledger(ticket_id)
+        lease = ledger.leased.get(ticket_id)
+        if lease is not None and lease.actor == actor:
+            self.reissued += ledger.give_back(ticket_id, self.max_attempts, why)
+        self.check()
+
+    def beat(self, actor: str, listed: Iterable[TicketId]) -> list[TicketId]:
+        """Compare an actor's absolute state with its leases. Returns tickets that it holds without a lease.
+
+        A lease that two heartbeats in a row do not list is issued again: the ticket, or the group, was lost.
+        """
+        listed_ids = set(listed)
+        for ledger in (self.train, self.eval):
+            for ticket_id, lease in list(ledger.leased.items()):
+                if lease.actor != actor:
+                    continue
+                if ticket_id in listed_ids:
+                    lease.missed_beats = 0
+                else:
+                    lease.missed_beats += 1
+                    if lease.missed_beats >= MISSED_BEATS:
+                        self.give_back(ticket_id, actor, f"{actor} does not list it")
+        holders = self.holders()
+        return [ticket_id for ticket_id in listed_ids if holders.get(ticket_id) != actor]
+
+    def actor_gone(self, actor: str, why: str) -> int:
+        """Take back all leases of an actor; returns how many."""
+        lost = [ticket_id for ticket_id, holder in self.holders().items() if holder == actor]
+        for ticket_id in lost:
+            self.give_back(ticket_id, actor, why)
+        return len(lost)
+
+    def stragglers(self, now: float, older_than_s: float) -> list[tuple[TicketId, str]]:
+        """Leases (ticket, actor) that have kept the next batch, or an evaluation, waiting for too long."""
+        batch = set(self._oldest_ids())
+        return [
+            (ticket_id, lease.actor)
+            for ledger in (self.train, self.eval)
+            for ticket_id, lease in ledger.leased.items()
+            if now - lease.issued_at > older_than_s and (ledger is self.eval or ticket_id in batch)
+        ]
+
+    def leases_of(self, actor: str) -> list[TicketId]:
+        return [ticket_id for ticket_id, holder in self.holders().items() if holder == actor]
+
+    def holders(self) -> dict[TicketId, str]:
+        """Who has which lease."""
+        return self.train.holders() | self.eval.holders()
+
+    # --- towards the learner ---
+
+    def take(self) -> list[Group] | None:
+        """The batch of the next step, if complete: the oldest `groups_per_step` live tickets, all of them queued."""
+        ids = self._oldest_ids()
+        if len(ids) < self.groups_per_step or any(ticket_id not in self.train.queued for ticket_id in ids):
+            return None
+        batch = [self.train.queued.pop(ticket_id) for ticket_id in ids]
+        self.in_training = {group.id: group for group in batch}
+        self.check()
+        return batch
+
+    def missing(self) -> list[TicketId]:
+        """What `take` waits for."""
+        return [ticket_id for ticket_id in self._oldest_ids() if ticket_id not in self.train.queued]
+
+    def _oldest_ids(self) -> list[TicketId]:
+        return sorted(self._open_ids())[: self.groups_per_step]
+
+    def _open_ids(self) -> list[TicketId]:
+        return [*(ticket.id for ticket in self.train.waiting), *self.train.leased, *self.train.queued]
+
+    def commit(self) -> None:
+        """The batch in training became a step of the run."""
+        self.trained += len(self.in_training)
+        self.in_training = {}
+        self.step += 1
+        self.check()
+
+    def published(self, step: int, version: int) -> None:
+        """Version `version` carries the weights of `step`, and may be asked of actors from now on."""
+        self.step_versions[step] = version
+
+    def version_of_step(self, step: int) -> int:
+        """Smallest published version with the weights of `step` or later: what a ticket may ask of an engine."""
+        fitting = [version for published, version in self.step_versions.items() if published >= step]
+        return min(fitting, default=max(self.step_versions.values(), default=1))
+
+    def start_evaluation(self, tickets: list[Ticket]) -> int:
+        """Queue evaluation tickets ahead of all others; returns the epoch that names them."""
+        assert not len(self.eval), "one evaluation at a time"
+        self._eval_epoch -= 1
+        self.eval = Ledger()
+        for index, ticket in enumerate(tickets):
+            self.eval.waiting.append(
+                msgspec.structs.replace(ticket, id=TicketId(self._eval_epoch, index), kind="eval", attempt=1)
+            )
+        return self._eval_epoch
+
+    def finish_evaluation(self) -> tuple[list[Group], dict[TicketId, str]] | None:
+        """Groups in ticket order and failures, once no ticket of the evaluation is open; else None."""
+        if self.eval.waiting or self.eval.leased:
+            return None
+        groups = [self.eval.queued[ticket_id] for ticket_id in sorted(self.eval.queued)]
+        failed, self.eval = self.eval.failed, Ledger()
+        return groups, failed
+
+    # --- accounting ---
+
+    def _ledger(self, ticket_id: TicketId) -> Ledger:
+        return self.eval if ticket_id.epoch < 0 else self.train
+
+    def counts(self) -> dict[str, int]:
+        """The `tickets` field of summary.json."""
+        return {
+            "issued": self.next_index,
+            "trained": self.trained,
+            "filtered": self.filtered,
+            "failed": len(self.train.failed),
+            "dropped": self.dropped,
+            "abandoned": self.abandoned,
+            "in_training": len(self.in_training),
+            "queued": len(self.train.queued),
+            "leased": len(self.train.leased) + len(self.train.waiting),
+            "duplicates": self.duplicates,
+            "reissued": self.reissued,
+        }
+
+    def check(self) -> None:
+        """Assert the accounting and the staleness bound. A violation is a bug, never a state to go on from."""
+        counts = self.counts()
+        states = ("trained", "filtered", "failed", "dropped", "abandoned", "in_training", "queued", "leased")
+        assert counts["issued"] == sum(counts[state] for state in states), f"tickets do not add up: {counts}"
+        assert self.live() <= (self.max_lag + 1) * self.groups_per_step, (
+            f"more live tickets than max_lag allows: {counts}"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint between two steps: finished ids as a high-water mark and the sparse rest, and counters."""
+        assert not self.in_training, "checkpoints are taken between steps"
+        unfinished = sorted(self._open_ids())
+        return {
+            "step": self.step,
+            "next_index": self.next_index,
+            "unfinished": [ticket_id.index for ticket_id in unfinished],
+            "failed": {str(ticket_id.index): why for ticket_id, why in self.train.failed.items()},
+            "trained": self.trained,
+            "filtered": self.filtered,
+            "dropped": self.dropped,
+            "abandoned": self.abandoned,
+            "duplicates": self.duplicates,
+            "reissued": self.reissued,
+            "eval_epoch": self._eval_epoch,
+        }
+
+    def restore(self, state: dict[str, Any], journaled: Iterable[Group], version: int) -> list[TicketId]:
+        """Take up a run at a checkpoint, with the groups that the journal holds. Returns ids of the groups queued.
+
+        A ticket that was unfinished at the checkpoint is queued if its group was journaled, and else issued again, on
+        weights of `version` or later. Later tickets, of steps that are lost now, are admitted again one by one; those
+        whose group was journaled need no actor.
+        """
+        self.step, self.next_index = state["step"], state["next_index"]
+        for name in ("trained", "filtered", "dropped", "abandoned", "duplicates", "reissued"):
+            setattr(self, name, state[name])
+        self._eval_epoch = state["eval_epoch"]
+        self.train.failed = {TicketId(TRAIN_EPOCH, int(index)): why for index, why in state["failed"].items()}
+        self.step_versions = {self.step: version}
+        self._replay = {group.id.index: group for group in journaled if group.kind == "train"}
+        for index in state["unfinished"]:
+            self._open(index, version)
+        self.check()
+        return list(self.train.queued)

@@ -1,0 +1,306 @@
+"""The thread that owns the hub, the dispatcher and the journal. It imports no torch and never waits for the learner.
+
+A training step of forty seconds never delays a heartbeat: torch releases the interpreter lock while it computes, and
+this thread only ever waits for sockets. The learner's side of it is `source.py`; both share one lock, held for
+microseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from learner.intake.dispatcher import Dispatcher
+from learner.intake.journal import Journal
+from protocol.config import WireConfig
+from protocol.messages import (
+    Ack,
+    Beat,
+    Cancel,
+    Drain,
+    Failed,
+    Goodbye,
+    Group,
+    Heartbeat,
+    Hello,
+    Message,
+    Rehello,
+    TicketId,
+    Welcome,
+)  # fmt: skip
+from protocol.sockets import Hub
+from protocol.weights import Snapshot
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.1
+FATAL_FAILURES = 3
+"""Engine failures in a row, without one group in between, after which the run gives up."""
+
+
+@dataclass
+class Peer:
+    """One connection of one actor."""
+
+    id: bytes
+    hello: Hello
+    last_seen: float
+    connected_at: float
+    beat: Heartbeat | None = None
+    draining: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.hello.actor
+
+    @property
+    def version(self) -> int:
+        return self.beat.version if self.beat else self.hello.version
+
+
+@dataclass
+class ActorTotals:
+    """What is known of actors over the whole run, the ones that are gone included."""
+
+    started: int = 0
+    restarted: int = 0
+    max: int = 0
+    generated_tokens: int = 0
+    failures: list[str] = field(default_factory=list)
+    """Errors that actors reported, newest last; emptied when a group arrives."""
+
+
+class IntakeServer(threading.Thread):
+    """Serves actors until `stop`. Everything public is safe to call from the learner's thread."""
+
+    def __init__(
+        self, hub: Hub, dispatcher: Dispatcher, journal: Journal, welcome: Welcome, wire: WireConfig, straggler_s: float
+    ) -> None:
+        super().__init__(name="intake", daemon=True)
+        self.hub = hub
+        self.dispatcher = dispatcher
+        self.journal = journal
+        self.welcome = welcome
+        self.wire = wire
+        self.straggler_s = straggler_s
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
+        """Notified when a group arrived, an actor changed its state, or the thread died."""
+        self.peers: dict[bytes, Peer] = {}
+        self.totals = ActorTotals()
+        self.rollout_tokens = 0
+        self.crash: BaseException | None = None
+        self.offsets: dict[int, int] = {}
+        """Journal offset of the groups of open train tickets, by index: a checkpoint's replay begins at the least."""
+        self.swap_pauses: deque[float] = deque(maxlen=1000)
+        self.swap_fetches: deque[float] = deque(maxlen=1000)
+        self._known_incarnations: dict[str, str] = {}
+        self._swaps: dict[str, int] = {}
+        self._tokens: dict[str, int] = {}
+        self._snapshots: deque[Snapshot] = deque()
+        self._drain: Drain | None = None
+        self._stopping = threading.Event()
+
+    # --- for the learner's thread ---
+
+    def reserved(self, step: int, version: int) -> None:
+        """Version `version` will carry the weights of `step`: new tickets may ask for it, and wait for it."""
+        with self.lock:
+            self.dispatcher.published(step, version)
+
+    def offer(self, snapshot: Snapshot) -> None:
+        """Announce a version: done by the thread at once, sockets belong to it."""
+        with self.lock:
+            self._snapshots.append(snapshot)
+        self.hub.wake()
+
+    def drain(self, reason: str) -> None:
+        """Ask every actor to leave, also those that say hello from now on."""
+        with self.lock:
+            self._drain = Drain(reason)
+        self.hub.wake()
+
+    def stop(self) -> None:
+        """End the thread and close its sockets."""
+        self._stopping.set()
+        self.hub.wake()
+        self.join(timeout=10)
+
+    # --- the thread ---
+
+    def run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except BaseException as error:
+            log.exception("the intake thread died")
+            self.crash = error
+        finally:
+            with self.changed:
+                self.changed.notify_all()
+            self.hub.close()
+
+    def _turn(self) -> None:
+        """Take in what arrived, look for the silent, hand out what is free."""
+        for peer_id, message in self.hub.poll(POLL_S):
+            with self.changed:
+                self._receive(peer_id, message, time.monotonic())
+                self.changed.notify_all()
+        with self.changed:
+            now = time.monotonic()
+            while self._snapshots:
+                self.hub.announce(self._snapshots.popleft())
+            self._drain_peers()
+            self._bury_silent(now)
+            self._cancel_stragglers(now)
+            self._hand_out(now)
+
+    def _receive(self, peer_id: bytes, message: Message, now: float) -> None:
+        if isinstance(message, Hello):
+            self._hello(peer_id, message, now)
+            return
+        peer = self.peers.get(peer_id)
+        if peer is None:
+            self.hub.send(peer_id, Rehello())
+            return
+        peer.last_seen = now
+        if isinstance(message, Heartbeat):
+            self._heartbeat(peer, message, now)
+        elif isinstance(message, Group):
+            self._group(peer, message)
+        elif isinstance(message, Failed):
+            log.warning("%s could not complete ticket %s: %s", peer.name, message.id, message.error)
+            self.dispatcher.give_back(message.id, peer.name, message.error)
+        elif isinstance(message, Goodbye):
+            self._goodbye(peer, message)
+        else:
+            self.hub.faults("malformed", f"{type(message).__name__} on the work socket")
+
+    def _hello(self, peer_id: bytes, hello: Hello, now: float) -> None:
+        """A new connection: of a new actor, of a restarted one (new incarnation) or of one that reconnected."""
+        before = self._known_incarnations.get(hello.actor)
+        if before != hello.incarnation:
+            lost = self.dispatcher.actor_gone(hello.actor, "the actor was restarted")
+            self.totals.started += before is None
+            self.totals.restarted += before is not None
+            if before is not None:
+                log.warning("%s is back as incarnation %s; %d leases go back", hello.actor, hello.incarnation, lost)
+        self._known_incarnations[hello.actor] = hello.incarnation
+        for other in [other for other in self.peers.values() if other.name == hello.actor]:
+            del self.peers[other.id]
+        self.peers[peer_id] = Peer(peer_id, hello, now, now)
+        self.totals.max = max(self.totals.max, len(self.peers))
+        self.hub.send(peer_id, self.welcome)
+        self._compare(peer_id, hello.actor, hello, now)
+
+    def _heartbeat(self, peer: Peer, beat: Heartbeat, now: float) -> None:
+        peer.beat = beat
+        newest = self.hub.latest.manifest.version if self.hub.latest else 0
+        self.hub.send(peer.id, Beat(newest))
+        self._compare(peer.id, peer.name, beat, now)
+        if beat.swaps > self._swaps.get(peer.hello.incarnation, 0):
+            self._swaps[peer.hello.incarnation] = beat.swaps
+            if beat.swaps > 1:  # the first load has nothing to pause
+                self.swap_pauses.append(beat.pause_s)
+                self.swap_fetches.append(beat.fetch_s)
+        self.totals.generated_tokens += beat.generated_tokens - self._tokens.get(peer.hello.incarnation, 0)
+        self._tokens[peer.hello.incarnation] = beat.generated_tokens
+
+    def _compare(self, peer_id: bytes, actor: str, state: Hello | Heartbeat, now: float) -> None:
+        """Compare an actor's absolute state with its leases.
+
+        A lease younger than a heartbeat counts as listed: the ticket may have crossed with this message.
+        """
+        young = [
+            ticket_id
+            for ledger in (self.dispatcher.train, self.dispatcher.eval)
+            for ticket_id, lease in ledger.leased.items()
+            if lease.actor == actor and now - lease.issued_at < self.wire.heartbeat_s
+        ]
+        stray = self.dispatcher.beat(actor, [*state.held, *state.unacked, *young])
+        self._settle_strays(peer_id, stray, state.unacked)
+
+    def _settle_strays(self, peer_id: bytes, stray: list[TicketId], unacked: tuple[TicketId, ...]) -> None:
+        """An actor lists tickets that it has no lease for: stop work on them, forget groups that nobody waits for.
+
+        A group that is still wanted is left alone: the actor sends it again, and the first one journaled counts.
+        """
+        done = tuple(ticket_id for ticket_id in stray if ticket_id in unacked and not self.dispatcher.wants(ticket_id))
+        cancelled = tuple(ticket_id for ticket_id in stray if ticket_id not in unacked)
+        if done:
+            self.hub.send(peer_id, Ack(done))
+        if cancelled:
+            self.hub.send(peer_id, Cancel(cancelled))
+
+    def _group(self, peer: Peer, group: Group) -> None:
+        """Journal first, then acknowledge. Duplicates and latecomers are acknowledged and dropped."""
+        if self.dispatcher.wants(group.id):
+            holder = self.dispatcher.holders().get(group.id)
+            offset = self.journal.append_group(group)
+            if group.kind == "train":
+                self.offsets[group.id.index] = offset
+            self.rollout_tokens += group.num_tokens
+            self.totals.failures.clear()
+            self.dispatcher.receive(group)
+            if holder is not None and holder != peer.name:
+                self._cancel(holder, group.id)
+        else:
+            self.dispatcher.receive(group)
+        self.hub.send(peer.id, Ack((group.id,)))
+
+    def _goodbye(self, peer: Peer, message: Goodbye) -> None:
+        lost = self.dispatcher.actor_gone(peer.name, message.reason)
+        del self.peers[peer.id]
+        if message.error:
+            log.error("%s failed: %s", peer.name, message.error)
+            self.totals.failures.append(f"{peer.name}: {message.error}")
+        else:
+            log.info("%s left (%s), %d leases go back", peer.name, message.reason, lost)
+
+    def _bury_silent(self, now: float) -> None:
+        for peer in list(self.peers.values()):
+            silence = now - peer.last_seen
+            if silence > self.wire.dead_after_s:
+                del self.peers[peer.id]
+                lost = self.dispatcher.actor_gone(peer.name, f"silent for {silence:.0f} s")
+                log.warning("%s was silent for %.0f s: %d leases go back", peer.name, silence, lost)
+                self.changed.notify_all()
+
+    def _cancel_stragglers(self, now: float) -> None:
+        for ticket_id, actor in self.dispatcher.stragglers(now, self.straggler_s):
+            log.warning("ticket %s has kept the next batch waiting at %s: cancelled, issued again", ticket_id, actor)
+            self.dispatcher.give_back(ticket_id, actor, f"straggled at {actor}")
+            self._cancel(actor, ticket_id)
+
+    def _cancel(self, actor: str, ticket_id: TicketId) -> None:
+        for peer in self.peers.values():
+            if peer.name == actor:
+                self.hub.send(peer.id, Cancel((ticket_id,)))
+
+    def _hand_out(self, now: float) -> None:
+        """One ticket at a time to the actor with the most free slots, so that the oldest tickets spread first."""
+        free = {
+            peer.id: peer.hello.slots - len(self.dispatcher.leases_of(peer.name))
+            for peer in self.peers.values()
+            if peer.version and not peer.draining
+        }
+        while free:
+            peer_id = max(free, key=lambda candidate: free[candidate])
+            peer = self.peers[peer_id]
+            ticket = self.dispatcher.issue(peer.name, peer.version, now) if free[peer_id] > 0 else None
+            if ticket is None:
+                del free[peer_id]
+            elif self.hub.send(peer_id, ticket):
+                free[peer_id] -= 1
+            else:
+                self.dispatcher.give_back(ticket.id, peer.name, "its pipe is full")
+                del free[peer_id]
+
+    def _drain_peers(self) -> None:
+        if self._drain is not None:
+            for peer in self.peers.values():
+                if not peer.draining:
+                    peer.draining = self.hub.send(peer.id, self._drain)

@@ -1,0 +1,66 @@
+"""What the learner says of itself: metrics.jsonl and TensorBoard once a step, status.json about once a second."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+from protocol.rundir import RunDir, write_json
+
+STATUS_EVERY_S = 0.5
+
+
+class MetricsLog:
+    """One line a step in metrics.jsonl, the same figures in TensorBoard."""
+
+    def __init__(self, run: RunDir, first_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = open(run.metrics, "a")  # noqa: SIM115 - open for the life of the run
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        """Log a step's figures; a figure that is not finite becomes null in the file and stays out of TensorBoard."""
+        clean = {key: value if _finite(value) else None for key, value in row.items()}
+        self._file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._file.flush()
+        for key, value in clean.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(key, value, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+class Status:
+    """The learner's present state, for the launcher's progress view."""
+
+    def __init__(self, run: RunDir, steps: int) -> None:
+        self._run = run
+        self._state: dict[str, Any] = {"phase": "starting", "steps": steps, "step": 0, "started_at": time.time()}
+        self._written = 0.0
+
+    def set(self, phase: str | None = None, /, **fields: Any) -> None:
+        """Change fields and write them at once; a new phase ends what was waited for."""
+        if phase is not None:
+            self._state |= {"phase": phase, "phase_since": time.time(), "waiting_for": "", "waited_s": 0.0}
+        self._state |= fields
+        self._write()
+
+    def waiting(self, what: str, seconds: float) -> None:
+        """Say what is being waited for; written at most twice a second."""
+        self._state |= {"waiting_for": what, "waited_s": seconds}
+        if time.monotonic() - self._written > STATUS_EVERY_S:
+            self._write()
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        write_json(self._run.status, {**self._state, "written_at": time.time()})

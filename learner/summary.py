@@ -1,0 +1,60 @@
+"""summary.json: the run's figures, written at every checkpoint and at the end. Fields are only ever added."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from protocol.config import Recipe
+
+if TYPE_CHECKING:
+    from learner.intake.server import IntakeServer
+    from learner.publish import Publisher
+
+
+def run_summary(recipe: Recipe, state: dict[str, Any], server: IntakeServer, publisher: Publisher) -> dict[str, Any]:
+    """Figures of a run so far.
+
+    `rollout_tokens_per_s` is accepted completion tokens over the training phase's wall time. `learner_tokens` are the
+    completion tokens that went through forward and backward (those of zero advantage are left out), and
+    `learner_tokens_per_s` is over the time inside gradient steps. `weights.seconds_p50` is an actor's fetch, check and
+    staging of a version, `pause_seconds_p50` the time that its generation stood still.
+    """
+    evals, rewards = state["evals"], state["rewards"]
+    reward = {name: result["reward"] for name, result in evals.items()}
+    return {
+        "name": recipe.name,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "steps": state["step"],
+        "wall_s": state["wall_s"],
+        "reward_first": rewards[0] if rewards else None,
+        "reward_last": rewards[-1] if rewards else None,
+        "eval_before": reward.get("before"),
+        "eval_after_warm_start": reward.get("after_warm_start"),
+        "eval_after": reward.get("after"),
+        "rollout_tokens": state["rollout_tokens"],
+        "rollout_tokens_per_s": _rate(state["rollout_tokens"], state["rollout_s"]),
+        "learner_tokens": state["learner_tokens"],
+        "learner_tokens_per_s": _rate(state["learner_tokens"], state["train_s"]),
+        "lag_mean": state["lag_sum"] / len(rewards) if rewards else None,
+        "lag_max": state["lag_max"],
+        "tickets": server.dispatcher.counts(),
+        "weights": {
+            "versions": len(publisher.versions),
+            "bytes_dense": publisher.bytes_dense,
+            "bytes_sent": server.hub.bytes_sent,
+            "seconds_p50": median(server.swap_fetches) if server.swap_fetches else None,
+            "pause_seconds_p50": median(server.swap_pauses) if server.swap_pauses else None,
+        },
+        "actors": {
+            "started": server.totals.started,
+            "restarted": server.totals.restarted,
+            "max": server.totals.max,
+        },
+        "frames_dropped": dict(server.hub.faults.counts),
+    }
+
+
+def _rate(count: float, seconds: float) -> float | None:
+    return count / seconds if seconds else None

@@ -1,0 +1,115 @@
+"""Where a run keeps its files, and how a file is replaced so that nobody ever reads half of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of one run. The learner writes them, the launcher and people read them."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.toml"
+
+    @property
+    def endpoint(self) -> Path:
+        """{"work": tcp://…}: where actors find the learner, also after it was restarted."""
+        return self.path / "endpoint.json"
+
+    @property
+    def status(self) -> Path:
+        """What the learner is doing now, replaced about once a second."""
+        return self.path / "status.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def versions(self) -> Path:
+        """One line for every version number ever reserved: a number never names other bytes."""
+        return self.path / "versions.jsonl"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal" / "groups.journal"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def eval(self) -> Path:
+        return self.path / "eval"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def curve(self) -> Path:
+        return self.path / "reward.png"
+
+    def create(self) -> RunDir:
+        for directory in (self.path, self.journal.parent, self.checkpoints, self.eval, self.logs):
+            directory.mkdir(parents=True, exist_ok=True)
+        return self
+
+
+def replace_file(path: Path, data: str | bytes, mode: int = 0o644) -> None:
+    """Write a file so that readers see the old content or the new, never a part of either."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file. NaN and infinity, which JSON lacks, are refused."""
+    replace_file(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file, or None where there is none (yet)."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """Lines of a JSONL file; a torn last line is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows

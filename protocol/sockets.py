@@ -1,0 +1,350 @@
+"""The learner's hub and the actor's link: the only users of zmq. They move messages and know nothing of their meaning.
+
+The hub is used by one thread (`learner/intake/server.py`) and never blocks: a peer whose pipe is full is counted, not
+waited for. The link lives in an actor's asyncio loop (`actor/loop.py`). Weight chunks have sockets of their own, so
+that gigabytes never stand in front of a heartbeat; they are pulled through a window, so that nothing piles up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from protocol import codec
+from protocol.config import check_loopback
+from protocol.errors import DeadlineExceeded, OversizedFrame, UnknownVersion, WeightsError, WireError
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    Chunk,
+    ChunkRequest,
+    Gone,
+    Manifest,
+    ManifestRequest,
+    Message,
+    Refused,
+)  # fmt: skip
+from protocol.weights import Snapshot, check_manifest
+
+log = logging.getLogger(__name__)
+
+HIGH_WATER_MARK = 10_000
+"""Messages a pipe holds before the hub counts the peer as full. Tickets are bounded by leases long before."""
+LINGER_MS = 1_000
+TRANSPORT_HEARTBEAT_MS = 5_000
+CHUNK_TIMEOUT_S = 10.0
+CHUNK_ATTEMPTS = 6
+HARD_LIMIT_FACTOR = 4
+"""ZeroMQ itself cuts the connection at this multiple of the frame limit; up to there a frame is refused and counted."""
+
+
+def peer_id(actor: str, incarnation: str) -> bytes:
+    """Routing id of a new connection: a second DEALER with an id in use would be silently unheard, hence the nonce."""
+    return f"{actor}.{incarnation}.{secrets.token_hex(4)}".encode()
+
+
+def _socket(context: Any, kind: int, limits: codec.Limits) -> Any:
+    sock = context.socket(kind)
+    sock.setsockopt(zmq.LINGER, LINGER_MS)
+    sock.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    sock.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    sock.setsockopt(zmq.MAXMSGSIZE, limits.max_frame_bytes * HARD_LIMIT_FACTOR)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, TRANSPORT_HEARTBEAT_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 4 * TRANSPORT_HEARTBEAT_MS)
+    sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    return sock
+
+
+class FaultCounter:
+    """Counts bad frames by kind and says so at most once a second."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._last_log = 0.0
+
+    def __call__(self, fault: str, detail: object) -> None:
+        self.counts[fault] += 1
+        now = time.monotonic()
+        if now - self._last_log >= 1.0:
+            self._last_log = now
+            log.warning("dropped a frame (%s): %s; so far: %s", fault, detail, dict(self.counts))
+
+
+class Hub:
+    """The learner's three sockets. Single-threaded but for `wake`, which any thread may call."""
+
+    def __init__(self, host: str, port: int, limits: codec.Limits = codec.DEFAULT_LIMITS) -> None:
+        """Bind the sockets. Raises ValueError for an address that is not loopback, OSError for a port in use."""
+        check_loopback(host)
+        self.limits = limits
+        self.faults = FaultCounter()
+        self.latest: Snapshot | None = None
+        self.bytes_sent = 0
+        self._previous: Snapshot | None = None
+        self._context = zmq.Context()
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        try:
+            self._work = self._bind(zmq.ROUTER, host, port)
+            self._bulk = self._bind(zmq.ROUTER, host, 0)
+            self._news = self._bind(zmq.XPUB, host, 0)
+        except BaseException:
+            self.close()
+            raise
+        self.work_endpoint, self.bulk_endpoint, self.news_endpoint = (
+            sock.getsockopt_string(zmq.LAST_ENDPOINT) for sock in (self._work, self._bulk, self._news)
+        )
+        self._poller = zmq.Poller()
+        for source in (self._work, self._bulk, self._news, self._wake_out):
+            self._poller.register(source, zmq.POLLIN)
+
+    def _bind(self, kind: int, host: str, port: int) -> zmq.Socket[bytes]:
+        sock: zmq.Socket[bytes] = _socket(self._context, kind, self.limits)
+        if kind == zmq.ROUTER:
+            sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        address = f"[{host}]" if ":" in host else host
+        if ":" in host:
+            sock.setsockopt(zmq.IPV6, 1)
+        try:
+            sock.bind(f"tcp://{address}:{port or '*'}")
+        except zmq.ZMQError as error:
+            sock.close(0)
+            raise OSError(
+                error.errno,
+                f"wire.port: found {port} on {host}, which cannot be bound ({error}); allowed: a free one, or 0",
+            ) from None
+        return sock
+
+    def poll(self, timeout_s: float) -> Iterator[tuple[bytes, Message]]:
+        """Messages of actors on the work socket, with their peer. Serves bulk requests on the way.
+
+        Waits at most `timeout_s` for anything to arrive; `wake` cuts the wait short.
+        """
+        ready = dict(self._poller.poll(int(timeout_s * 1000)))
+        if self._wake_out.fileno() in ready:
+            self._drain_wakeups()
+        if self._news in ready:
+            self._news.recv()  # somebody subscribed: news is a hint, so nothing is owed
+        if self._bulk in ready:
+            self._serve_bulk()
+        if self._work in ready:
+            yield from self._receive(self._work)
+
+    def _receive(self, sock: zmq.Socket[bytes], at_most: int = 256) -> Iterator[tuple[bytes, Message]]:
+        for _ in range(at_most):
+            try:
+                peer, *frames = sock.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                yield peer, codec.decode_from_actor(frames, self.limits)
+            except UnknownVersion as error:
+                self.faults("unknown version", error)
+                self._send(sock, peer, Refused(f"{error}; this learner speaks {PROTOCOL_VERSION}"))
+            except OversizedFrame as error:
+                self.faults("oversized", error)
+            except WireError as error:
+                self.faults("malformed", error)
+
+    def send(self, peer: bytes, message: Message) -> bool:
+        """Queue a message for a peer. False, and counted, if the peer is gone or its pipe is full; never blocks."""
+        return self._send(self._work, peer, message)
+
+    def _send(self, sock: zmq.Socket[bytes], peer: bytes, message: Message) -> bool:
+        try:
+            sock.send_multipart([peer, *codec.encode(message)], zmq.NOBLOCK, copy=not isinstance(message, Chunk))
+        except zmq.Again:
+            self.faults("pipe full", peer)
+            return False
+        except zmq.ZMQError as error:
+            self.faults("unroutable", f"{peer!r}: {error}")
+            return False
+        return True
+
+    def announce(self, snapshot: Snapshot) -> None:
+        """Make a version available to pull and tell every subscriber. The one before stays for pulls in flight."""
+        self._previous, self.latest = self.latest, snapshot
+        self._news.send_multipart(codec.encode(snapshot.manifest), zmq.NOBLOCK)
+
+    def _serve_bulk(self) -> None:
+        for peer, request in self._receive(self._bulk):
+            newest = self.latest.manifest.version if self.latest else 0
+            if isinstance(request, ManifestRequest) and self.latest:
+                self._send(self._bulk, peer, self.latest.manifest)
+            elif isinstance(request, ChunkRequest) and (data := self._chunk(request)) is not None:
+                chunk = Chunk(request.version, request.offset, data)  # type: ignore[arg-type]  # sent without a copy
+                self.bytes_sent += len(data) if self._send(self._bulk, peer, chunk) else 0
+            else:
+                self._send(self._bulk, peer, Gone(getattr(request, "version", 0), newest))
+
+    def _chunk(self, request: ChunkRequest) -> memoryview | None:
+        for snapshot in (self.latest, self._previous):
+            if snapshot and snapshot.manifest.version == request.version:
+                if request.length > self.limits.max_frame_bytes:
+                    return None
+                return snapshot.chunk(request.offset, request.length)
+        return None
+
+    def wake(self) -> None:
+        """End the current `poll` early. Safe from any thread."""
+        with contextlib.suppress(OSError):  # enough wake-ups are pending, or the hub is closed already
+            self._wake_in.send(b"x")
+
+    def _drain_wakeups(self) -> None:
+        try:
+            while self._wake_out.recv(1024):
+                pass
+        except BlockingIOError:
+            pass
+
+    def close(self) -> None:
+        """Close sockets; what is already queued is sent for at most LINGER_MS."""
+        self._context.destroy(LINGER_MS)
+        self._wake_in.close()
+        self._wake_out.close()
+
+
+class Link:
+    """An actor's connection to the learner. Used inside one asyncio loop."""
+
+    def __init__(self, endpoint: str, actor: str, incarnation: str, limits: codec.Limits = codec.DEFAULT_LIMITS) -> None:
+        """Connect the work socket (ZeroMQ connects in the background). Raises ValueError for a malformed endpoint."""
+        self.limits = limits
+        self.faults = FaultCounter()
+        self._context = zmq.asyncio.Context()
+        self._actor, self._incarnation = actor, incarnation
+        self._work: zmq.asyncio.Socket = _socket(self._context, zmq.DEALER, limits)
+        self._bulk: zmq.asyncio.Socket = _socket(self._context, zmq.DEALER, limits)
+        self._news: zmq.asyncio.Socket = _socket(self._context, zmq.SUB, limits)
+        self._news.setsockopt(zmq.SUBSCRIBE, b"")
+        self._connected: dict[zmq.asyncio.Socket, str] = {}
+        try:
+            self._connect(self._work, endpoint)
+        except ValueError:
+            self.close()
+            raise
+
+    def _connect(self, sock: zmq.asyncio.Socket, endpoint: str) -> None:
+        """Connect a socket, leaving its earlier peer. The socket stays: closing it would cancel whoever waits on it."""
+        if before := self._connected.pop(sock, ""):
+            sock.disconnect(before)
+        if sock is not self._news:
+            sock.setsockopt(zmq.IDENTITY, peer_id(self._actor, self._incarnation))  # of the connection made next
+        sock.setsockopt(zmq.IPV6, "[" in endpoint)
+        try:
+            sock.connect(endpoint)
+        except zmq.ZMQError as error:
+            if before:
+                self._connect(sock, before)
+            raise ValueError(f"learner address: found {endpoint!r}, allowed: tcp://HOST:PORT ({error})") from None
+        self._connected[sock] = endpoint
+
+    def reconnect(self, endpoint: str) -> None:
+        """Leave the work socket's connection for another address, under a new routing id. What was queued is lost."""
+        self._connect(self._work, endpoint)
+
+    def open_weights(self, bulk: str, news: str) -> None:
+        """Connect to the learner's bulk and news sockets, replacing earlier connections."""
+        self._connect(self._bulk, bulk)
+        self._connect(self._news, news)
+
+    async def receive(self) -> Message:
+        """Next message of the learner on the work socket; bad frames are counted and skipped."""
+        return await self._receive(self._work)
+
+    async def news(self) -> Manifest:
+        """Next announcement. May never come (PUB drops): the heartbeat's answer says what was missed."""
+        while not isinstance(message := await self._receive(self._news), Manifest):
+            self.faults("malformed", f"{type(message).__name__} as news")
+        return message
+
+    async def _receive(self, sock: zmq.asyncio.Socket) -> Message:
+        while True:
+            parts = await sock.recv_multipart(copy=False)
+            frames = [part.buffer for part in parts]
+            try:
+                return codec.decode_from_learner(frames, self.limits)  # type: ignore[no-any-return]
+            except UnknownVersion as error:  # the learner's own refusal is not readable either
+                self.faults("unknown version", error)
+                return Refused(f"the learner speaks another protocol: {error}")
+            except WireError as error:
+                self.faults("malformed", error)
+
+    async def send(self, message: Message) -> None:
+        """Queue a message. Blocks this coroutine only if ten thousand messages wait already."""
+        await self._work.send_multipart(codec.encode(message))
+
+    async def fetch_manifest(self) -> Manifest:
+        """Newest manifest. Raises WeightsError if there is none or it is damaged, DeadlineExceeded if no answer comes."""
+        reply = await self._ask(ManifestRequest(), lambda message: isinstance(message, Manifest), "the newest manifest")
+        check_manifest(reply)
+        return reply  # type: ignore[no-any-return]
+
+    async def fetch(
+        self, manifest: Manifest, chunk_bytes: int, window: int, write: Callable[[int, memoryview], None]
+    ) -> None:
+        """Pull a version's bytes, `window` requests in flight, and hand each chunk to `write(offset, data)`.
+
+        Raises WeightsError if the version is gone meanwhile, DeadlineExceeded if chunks stop coming.
+        """
+        from protocol.weights import chunk_ranges
+
+        todo = list(chunk_ranges(manifest.total_bytes, chunk_bytes))[::-1]
+        flying: dict[int, tuple[int, float, int]] = {}  # offset -> length, sent at, attempts
+
+        async def request(offset: int, length: int, attempts: int) -> None:
+            flying[offset] = (length, time.monotonic(), attempts)
+            await self._send_bulk(ChunkRequest(manifest.version, offset, length))
+
+        while todo or flying:
+            while todo and len(flying) < window:
+                await request(*todo.pop(), 1)
+            message = await self._bulk_reply(CHUNK_TIMEOUT_S / 4)
+            if isinstance(message, Chunk) and message.version == manifest.version and message.offset in flying:
+                length, _, _ = flying[message.offset]
+                if len(message.data) == length:
+                    del flying[message.offset]
+                    write(message.offset, memoryview(message.data))
+            elif isinstance(message, Gone) and message.version == manifest.version:
+                raise WeightsError(f"version {manifest.version} is gone, {message.newest} can be had")
+            for offset, (length, sent, attempts) in list(flying.items()):
+                if time.monotonic() - sent > CHUNK_TIMEOUT_S:
+                    if attempts >= CHUNK_ATTEMPTS:
+                        raise DeadlineExceeded(
+                            f"bytes {offset}.. of version {manifest.version} from the learner",
+                            attempts * CHUNK_TIMEOUT_S,
+                        )
+                    await request(offset, length, attempts + 1)
+
+    async def _ask(self, request: Message, fits: Callable[[Any], bool], what: str) -> Any:
+        for _ in range(CHUNK_ATTEMPTS):
+            await self._send_bulk(request)
+            deadline = time.monotonic() + CHUNK_TIMEOUT_S
+            while (left := deadline - time.monotonic()) > 0:
+                message = await self._bulk_reply(left)
+                if isinstance(message, Gone) and not message.version:  # else: of a chunk asked for earlier
+                    raise WeightsError("the learner has no weights yet")
+                if message is not None and fits(message):
+                    return message
+        raise DeadlineExceeded(f"{what} from the learner", CHUNK_ATTEMPTS * CHUNK_TIMEOUT_S)
+
+    async def _send_bulk(self, message: Message) -> None:
+        await self._bulk.send_multipart(codec.encode(message))
+
+    async def _bulk_reply(self, timeout_s: float) -> Message | None:
+        if not await self._bulk.poll(timeout_s * 1000):
+            return None
+        return await self._receive(self._bulk)
+
+    def close(self) -> None:
+        """Close all sockets; what is queued is sent for at most LINGER_MS."""
+        self._context.destroy(LINGER_MS)

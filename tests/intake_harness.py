@@ -1,0 +1,86 @@
+"""A learner's intake on real sockets without a model: hub, dispatcher and journal in their thread, tiny weights.
+
+Used by tests that run actors (`ActorLoop` with the fake engine) against it. Not a test itself.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from learner.intake.dispatcher import Dispatcher
+from learner.intake.journal import Journal
+from learner.intake.server import IntakeServer
+from learner.intake.source import Source
+from protocol.config import WireConfig
+from protocol.messages import Sampling, Ticket, TicketId, Welcome
+from protocol.sockets import Hub
+from protocol.weights import layout, make_snapshot
+
+GROUP_SIZE = 2
+
+
+def make_ticket(index: int) -> Ticket:
+    """Train ticket of an index, as a recipe would make it."""
+    return Ticket(
+        id=TicketId(0, index), kind="train", attempt=1, prompt_ids=(1, 2, index), answer="7", grader="integer",
+        group_size=GROUP_SIZE, sampling=Sampling(max_tokens=6), seed=index, min_version=1,
+    )  # fmt: skip
+
+
+class Intake:
+    """Context manager: a running `IntakeServer` and its `Source`."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        steps: int = 4,
+        groups_per_step: int = 4,
+        max_lag: int = 1,
+        max_attempts: int = 5,
+        straggler_s: float = 60.0,
+        heartbeat_s: float = 0.05,
+        dead_after_s: float = 2.0,
+        port: int = 0,
+        token_s: float = 0.0,
+        run: str = "test",
+    ) -> None:
+        self.hub = Hub("127.0.0.1", port)
+        self.dispatcher = Dispatcher(
+            make_ticket, groups_per_step=groups_per_step, max_lag=max_lag, steps=steps, max_attempts=max_attempts
+        )
+        self.journal = Journal(directory / "groups.journal")
+        welcome = Welcome(
+            run=run, model="none", dtype="float32", max_model_len=64, bulk=self.hub.bulk_endpoint,
+            news=self.hub.news_endpoint, heartbeat_s=heartbeat_s, dead_after_s=dead_after_s, seed=0,
+            group_size=GROUP_SIZE, chunk_bytes=64,
+            engine={"engine": "fake", "max_running": 8, "fake_token_s": token_s, "grader_workers": 1},
+        )  # fmt: skip
+        wire = WireConfig(heartbeat_s=heartbeat_s, dead_after_s=dead_after_s)
+        self.server = IntakeServer(self.hub, self.dispatcher, self.journal, welcome, wire, straggler_s)
+        self.stop_requested = threading.Event()
+        self.source = Source(self.server, lambda what, waited: None, self.stop_requested.is_set)
+        self.version = 0
+
+    @property
+    def address(self) -> str:
+        return self.hub.work_endpoint
+
+    def publish(self, step: int) -> int:
+        """Announce the next version: 1 KB of weights whose bytes are the version number."""
+        self.version += 1
+        specs = layout([("a.weight", "float32", (16, 8)), ("b.weight", "bfloat16", (256,))])
+        data = memoryview(bytes([self.version]) * (16 * 8 * 4 + 512))
+        self.server.reserved(step, self.version)
+        self.server.offer(make_snapshot(self.version, step, specs, data))
+        return self.version
+
+    def __enter__(self) -> Intake:
+        self.server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.stop()
+        self.journal.close()
+        assert self.server.crash is None, f"the intake thread died: {self.server.crash!r}"

@@ -1,0 +1,277 @@
+"""The dispatcher under random schedules: every ticket in exactly one state, none lost, none trained twice, lag bounded."""
+
+from __future__ import annotations
+
+import msgspec
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from learner.intake.dispatcher import Dispatcher
+from protocol.messages import Completion, Group, Ticket, TicketId
+from tests.intake_harness import make_ticket
+
+ACTORS = ("a", "b", "c")
+
+
+def make_dispatcher(*, groups_per_step: int = 2, max_lag: int = 1, steps: int = 5, max_attempts: int = 3) -> Dispatcher:
+    dispatcher = Dispatcher(
+        make_ticket, groups_per_step=groups_per_step, max_lag=max_lag, steps=steps, max_attempts=max_attempts
+    )
+    dispatcher.published(0, 1)
+    dispatcher.training_enabled = True
+    return dispatcher
+
+
+def make_group(ticket: Ticket, version: int = 1) -> Group:
+    completion = Completion(1, ((version, 0),), "stop", {"reward": 1.0})
+    return Group(
+        id=ticket.id, kind=ticket.kind, attempt=ticket.attempt, actor="a", prompt_ids=ticket.prompt_ids, temperature=1.0,
+        completions=(completion,), token_ids=b"\0\0\0\0", logprobs=b"\0\0\0\0", mask=b"\1",
+    )  # fmt: skip
+
+
+def issue_all(dispatcher: Dispatcher, actor: str = "a", version: int = 1, now: float = 0.0) -> list[Ticket]:
+    tickets = []
+    while ticket := dispatcher.issue(actor, version, now):
+        tickets.append(ticket)
+    return tickets
+
+
+def test_issue_stops_at_the_admission_bound_and_goes_on_after_a_commit() -> None:
+    dispatcher = make_dispatcher(groups_per_step=2, max_lag=1)
+    tickets = issue_all(dispatcher)
+    assert [ticket.id.index for ticket in tickets] == [0, 1, 2, 3]
+    for ticket in tickets[:2]:
+        dispatcher.receive(make_group(ticket))
+    assert dispatcher.issue("a", 1, 0.0) is None
+    assert [group.id.index for group in dispatcher.take() or []] == [0, 1]
+    assert dispatcher.issue("a", 1, 0.0) is None, "a batch in training still counts"
+    dispatcher.published(1, 2)
+    dispatcher.commit()
+    assert [ticket.id.index for ticket in issue_all(dispatcher, version=2)] == [4, 5]
+
+
+def test_ticket_waits_for_the_version_that_keeps_it_within_max_lag() -> None:
+    dispatcher = make_dispatcher(groups_per_step=1, max_lag=0, steps=3)
+    (ticket,) = issue_all(dispatcher)
+    dispatcher.receive(make_group(ticket))
+    dispatcher.take()
+    dispatcher.published(1, 7)
+    dispatcher.commit()
+    assert dispatcher.issue("a", 1, 0.0) is None, "an engine on version 1 may not begin a ticket of step 1"
+    ticket = dispatcher.issue("a", 7, 0.0)
+    assert ticket is not None
+    assert ticket.min_version == 7
+
+
+def test_batch_is_the_oldest_tickets_whatever_arrives_first() -> None:
+    dispatcher = make_dispatcher(groups_per_step=2)
+    tickets = issue_all(dispatcher)
+    for index in (3, 2, 1):
+        dispatcher.receive(make_group(tickets[index]))
+    assert dispatcher.take() is None
+    assert dispatcher.missing() == [TicketId(0, 0)]
+    dispatcher.receive(make_group(tickets[0]))
+    assert [group.id.index for group in dispatcher.take() or []] == [0, 1]
+
+
+def test_issue_ends_with_the_last_step() -> None:
+    dispatcher = make_dispatcher(groups_per_step=2, max_lag=5, steps=2)
+    assert len(issue_all(dispatcher)) == 4
+
+
+def test_lost_lease_is_issued_again_first_and_fails_after_max_attempts() -> None:
+    dispatcher = make_dispatcher(max_attempts=2)
+    tickets = issue_all(dispatcher, "a")
+    dispatcher.actor_gone("a", "died")
+    again = issue_all(dispatcher, "b")
+    assert [(ticket.id.index, ticket.attempt) for ticket in again] == [(0, 2), (1, 2), (2, 2), (3, 2)]
+    dispatcher.give_back(tickets[0].id, "b", "grader on fire")
+    counts = dispatcher.counts()
+    assert counts["failed"] == 1
+    assert counts["reissued"] == 4
+    assert [ticket.id.index for ticket in issue_all(dispatcher, "b")] == [4], "a failed ticket is replaced"
+
+
+def test_two_beats_without_a_lease_issue_it_again_one_does_not() -> None:
+    dispatcher = make_dispatcher(groups_per_step=1, max_lag=0)
+    (ticket,) = issue_all(dispatcher)
+    dispatcher.beat("a", [])
+    dispatcher.beat("a", [ticket.id])
+    dispatcher.beat("a", [])
+    assert dispatcher.leases_of("a") == [ticket.id]
+    dispatcher.beat("a", [])
+    assert dispatcher.leases_of("a") == []
+    assert dispatcher.beat("a", [ticket.id]) == [ticket.id], "what it lists now is no longer its own"
+
+
+def test_late_group_counts_if_it_is_the_first_and_is_a_duplicate_otherwise() -> None:
+    dispatcher = make_dispatcher(groups_per_step=1, max_lag=0)
+    (first,) = issue_all(dispatcher, "a")
+    dispatcher.actor_gone("a", "silent")
+    (second,) = issue_all(dispatcher, "b")
+    assert dispatcher.wants(first.id)
+    assert dispatcher.receive(make_group(first))
+    assert not dispatcher.wants(second.id)
+    assert not dispatcher.receive(make_group(second))
+    assert dispatcher.counts()["duplicates"] == 1
+
+
+def test_evaluation_tickets_go_first_and_have_a_ledger_of_their_own() -> None:
+    dispatcher = make_dispatcher()
+    before = dispatcher.counts()
+    dispatcher.training_enabled = False
+    tickets = [msgspec.structs.replace(make_ticket(index), min_version=1) for index in range(3)]
+    epoch = dispatcher.start_evaluation(tickets)
+    assert epoch == -1
+    issued = issue_all(dispatcher)
+    assert [ticket.id for ticket in issued] == [TicketId(-1, 0), TicketId(-1, 1), TicketId(-1, 2)]
+    assert dispatcher.finish_evaluation() is None
+    for ticket in reversed(issued):
+        dispatcher.receive(make_group(ticket))
+    groups, failed = dispatcher.finish_evaluation() or ([], {})
+    assert [group.id.index for group in groups] == [0, 1, 2]
+    assert failed == {}
+    assert dispatcher.counts() == before
+
+
+def test_straggler_is_reported_only_when_it_blocks_the_next_batch() -> None:
+    dispatcher = make_dispatcher(groups_per_step=1, max_lag=1)
+    issue_all(dispatcher, now=0.0)
+    assert dispatcher.stragglers(now=100.0, older_than_s=60.0) == [(TicketId(0, 0), "a")]
+    assert dispatcher.stragglers(now=50.0, older_than_s=60.0) == []
+
+
+def test_restore_queues_journaled_groups_and_issues_the_rest_again() -> None:
+    dispatcher = make_dispatcher(groups_per_step=2, max_lag=1, steps=5)
+    tickets = issue_all(dispatcher)
+    dispatcher.receive(make_group(tickets[0]))
+    dispatcher.receive(make_group(tickets[1]))
+    dispatcher.take()
+    dispatcher.published(1, 2)
+    dispatcher.commit()
+    issue_all(dispatcher, version=2)
+    state = dispatcher.state()
+    assert state["unfinished"] == [2, 3, 4, 5]
+
+    resumed = make_dispatcher(groups_per_step=2, max_lag=1, steps=5)
+    journaled = [make_group(make_ticket(index)) for index in (0, 2, 3, 6)]  # 0 was trained, 6 came after the checkpoint
+    assert resumed.restore(state, journaled, version=9) == [TicketId(0, 2), TicketId(0, 3)]
+    assert resumed.counts()["trained"] == 2
+    assert [group.id.index for group in resumed.take() or []] == [2, 3]
+    resumed.published(2, 10)
+    resumed.commit()
+    again = issue_all(resumed, version=10)
+    assert [(ticket.id.index, ticket.min_version) for ticket in again] == [(4, 9), (5, 9), (7, 10)]
+    assert TicketId(0, 6) in resumed.train.queued, "its journaled group needs no actor"
+
+
+class RandomSchedules(RuleBasedStateMachine):
+    """Actors join, die, duplicate, delay and lose groups in any order; the learner takes and commits when it can."""
+
+    @initialize(groups_per_step=st.integers(1, 3), max_lag=st.integers(0, 3), steps=st.integers(1, 6))
+    def start(self, groups_per_step: int, max_lag: int, steps: int) -> None:
+        self.dispatcher = make_dispatcher(
+            groups_per_step=groups_per_step, max_lag=max_lag, steps=steps, max_attempts=1000
+        )
+        self.steps, self.max_lag = steps, max_lag
+        self.version = 1
+        self.step_of_version = {1: 0}
+        self.engine = dict.fromkeys(ACTORS, 1)
+        self.holding: list[tuple[str, Ticket, int]] = []
+        """(actor, ticket, version at its start): what actors work on, whether or not they still have the lease."""
+        self.sent: list[Group] = []
+        self.trained: list[int] = []
+        self.largest_lag = 0
+
+    @rule(actor=st.sampled_from(ACTORS))
+    def issue(self, actor: str) -> None:
+        ticket = self.dispatcher.issue(actor, self.engine[actor], 0.0)
+        if ticket is not None:
+            assert ticket.min_version <= self.engine[actor]
+            self.holding.append((actor, ticket, self.engine[actor]))
+
+    @precondition(lambda self: self.holding)
+    @rule(data=st.data())
+    def complete(self, data: st.DataObject) -> None:
+        _, ticket, version = self.holding.pop(data.draw(st.integers(0, len(self.holding) - 1)))
+        group = make_group(ticket, version)
+        self.sent.append(group)
+        self.dispatcher.receive(group)
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data())
+    def duplicate(self, data: st.DataObject) -> None:
+        wanted_before = self.dispatcher.counts()["queued"]
+        group = data.draw(st.sampled_from(self.sent))
+        accepted = self.dispatcher.receive(group)
+        assert not accepted
+        assert self.dispatcher.counts()["queued"] == wanted_before
+
+    @rule(actor=st.sampled_from(ACTORS), still_working=st.booleans())
+    def die(self, actor: str, still_working: bool) -> None:
+        """With `still_working` only the learner believes it: its groups may arrive later."""
+        self.dispatcher.actor_gone(actor, "died")
+        if not still_working:
+            self.holding = [held for held in self.holding if held[0] != actor]
+
+    @rule(actor=st.sampled_from(ACTORS))
+    def beat(self, actor: str) -> None:
+        stray = self.dispatcher.beat(actor, [ticket.id for holder, ticket, _ in self.holding if holder == actor])
+        self.holding = [held for held in self.holding if held[0] != actor or held[1].id not in stray]
+
+    @rule(actor=st.sampled_from(ACTORS))
+    def lose_everything(self, actor: str) -> None:
+        """The actor forgot its tickets: two heartbeats tell."""
+        self.holding = [held for held in self.holding if held[0] != actor]
+        self.dispatcher.beat(actor, [])
+        self.dispatcher.beat(actor, [])
+        assert self.dispatcher.leases_of(actor) == []
+
+    @rule(actor=st.sampled_from(ACTORS))
+    def update_engine(self, actor: str) -> None:
+        self.engine[actor] = self.version
+
+    @rule()
+    def train(self) -> None:
+        batch = self.dispatcher.take()
+        if batch is None:
+            return
+        step = self.dispatcher.step
+        for group in batch:
+            lag = step - self.step_of_version[group.completions[0].spans[0][0]]
+            self.largest_lag = max(self.largest_lag, lag)
+            self.trained.append(group.id.index)
+        self.version += 1
+        self.step_of_version[self.version] = step + 1
+        self.dispatcher.published(step + 1, self.version)
+        self.dispatcher.commit()
+
+    @invariant()
+    def accounts(self) -> None:
+        if hasattr(self, "dispatcher"):
+            self.dispatcher.check()
+            assert len(self.trained) == len(set(self.trained)), "a ticket was trained on twice"
+            assert self.trained == sorted(self.trained), "batches are in ticket order"
+            assert self.largest_lag <= self.max_lag
+
+    def teardown(self) -> None:
+        """From any state a run can be completed: nothing is lost for good."""
+        if not hasattr(self, "dispatcher"):
+            return
+        for actor in ACTORS:
+            self.lose_everything(actor)
+        for _ in range(10 * self.steps * self.dispatcher.groups_per_step):
+            self.update_engine("a")
+            self.issue("a")
+            for _, ticket, version in self.holding:
+                self.dispatcher.receive(make_group(ticket, version))
+            self.holding.clear()
+            self.train()
+        assert self.trained == list(range(self.steps * self.dispatcher.groups_per_step))
+        assert self.dispatcher.counts()["trained"] == self.dispatcher.counts()["issued"] == len(self.trained)
+
+
+RandomSchedules.TestCase.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+TestRandomSchedules = RandomSchedules.TestCase

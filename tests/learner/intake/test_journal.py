@@ -1,0 +1,148 @@
+"""The journal: what was appended is read back, a torn tail is cut off, damage before the end is an error."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from learner.intake import journal as journal_module
+from learner.intake.journal import Journal, JournalError, read_groups, read_steps
+from protocol.messages import Completion, Group, TicketId
+
+
+def group(index: int, epoch: int = 0) -> Group:
+    tokens = index % 3 + 1
+    completion = Completion(tokens, ((1, 0),), "stop", {"reward": index / 4}, "text")
+    return Group(
+        id=TicketId(epoch, index), kind="train" if epoch == 0 else "eval", attempt=1, actor="a", prompt_ids=(1, index),
+        temperature=0.7, completions=(completion,), token_ids=bytes(range(4 * tokens)), logprobs=bytes(4 * tokens),
+        mask=b"\1" * tokens,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "journal" / "groups.journal"
+
+
+def write(path: Path, *groups: Group) -> list[int]:
+    """Append groups; offsets of their records and of the end."""
+    log = Journal(path)
+    offsets = [log.append_group(one) for one in groups]
+    offsets.append(log.end)
+    log.close()
+    return offsets
+
+
+def test_journal_gives_back_groups_and_steps_as_they_were(path: Path) -> None:
+    log = Journal(path)
+    log.append_group(group(0))
+    log.append_group(group(1))
+    log.append_step(1, 2, [(0, 0), (0, 1)])
+    log.append_group(group(2))
+    log.append_step(2, 3, [(0, 2)])
+    log.close()
+    assert list(read_groups(path)) == [group(0), group(1), group(2)]
+    assert list(read_steps(path)) == [
+        {"step": 1, "version": 2, "ids": [[0, 0], [0, 1]]},
+        {"step": 2, "version": 3, "ids": [[0, 2]]},
+    ]
+
+
+def test_journal_that_does_not_exist_is_empty(path: Path) -> None:
+    assert list(read_groups(path)) == list(read_steps(path)) == []
+
+
+def test_group_is_on_disk_when_append_returns(path: Path) -> None:
+    log = Journal(path)
+    log.append_group(group(0))
+    assert list(read_groups(path)) == [group(0)], "read by another descriptor, before any close"
+    log.close()
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_journal_syncs_each_record_if_the_recipe_says_so(
+    path: Path, monkeypatch: pytest.MonkeyPatch, fsync: bool
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(journal_module.os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
+    log = Journal(path, fsync=fsync)
+    log.append_group(group(0))
+    log.append_step(1, 1, [(0, 0)])
+    assert (sizes[-1:], len(sizes)) == (([log.end], 2) if fsync else ([], 0)), "synced after it was written"
+    log.close()
+
+
+def test_journal_is_continued_not_overwritten(path: Path) -> None:
+    _, end = write(path, group(0))
+    start, _ = write(path, group(1))
+    assert start == end
+    assert list(read_groups(path)) == [group(0), group(1)]
+
+
+def test_replay_starts_at_an_offset(path: Path) -> None:
+    groups = [group(index) for index in range(4)]
+    offsets = write(path, *groups)
+    for position, offset in enumerate(offsets):
+        assert list(read_groups(path, offset)) == groups[position:]
+
+
+def test_replay_gives_the_first_of_each_ticket(path: Path) -> None:
+    again = msgspec.structs.replace(group(0), attempt=2)
+    write(path, group(0), group(1), again, group(1, epoch=-1))
+    assert list(read_groups(path)) == [group(0), group(1), group(1, epoch=-1)]
+
+
+def test_torn_tail_is_cut_at_every_byte_of_the_last_record(path: Path, tmp_path: Path) -> None:
+    _, start, end = write(path, group(0), group(1))
+    whole = path.read_bytes()
+    assert len(whole) == end
+    for cut in range(start, end):
+        torn = tmp_path / "torn.journal"
+        torn.write_bytes(whole[:cut])
+        assert list(read_groups(torn)) == [group(0)], "readable as it is"
+        log = Journal(torn)
+        assert log.end == start
+        assert log.append_group(group(2)) == start
+        log.close()
+        assert list(read_groups(torn)) == [group(0), group(2)]
+        assert torn.read_bytes()[:start] == whole[:start]
+
+
+def test_damaged_byte_before_the_last_record_is_an_error_wherever_it_is(path: Path, tmp_path: Path) -> None:
+    _, start, _ = write(path, group(0), group(1))
+    whole = path.read_bytes()
+    for position in range(start):
+        for mask in (0x01, 0x80):
+            damaged = tmp_path / "damaged.journal"
+            data = bytearray(whole)
+            data[position] ^= mask
+            damaged.write_bytes(data)
+            with pytest.raises(JournalError, match=r"damaged\.journal: (no record at|damaged record before) byte"):
+                list(read_groups(damaged))
+            with pytest.raises(JournalError):
+                Journal(damaged)
+            assert damaged.read_bytes() == data, "nothing was cut away"
+
+
+def test_damaged_last_record_is_never_taken_for_a_group(path: Path) -> None:
+    _, start, end = write(path, group(0), group(1))
+    whole = path.read_bytes()
+    for position in range(start, end):
+        data = bytearray(whole)
+        data[position] ^= 0x10
+        path.write_bytes(data)
+        try:
+            assert list(read_groups(path)) == [group(0)]
+        except JournalError:
+            assert position < end
+
+
+def test_file_of_something_else_is_refused(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"%PDF-1.7 this is no journal at all")
+    with pytest.raises(JournalError, match="no record at byte 0"):
+        Journal(path)

@@ -1,0 +1,82 @@
+"""Packing: who sees whom, what predicts what, and how rows share microbatches."""
+
+import numpy as np
+import pytest
+import torch
+
+from learner.batch import Row, Sample, pack, plan_microbatches, split_row
+from tests.learner.reference import random_rows
+
+
+def sample(ids: list[int], mask: list[int] | None = None, advantage: float = 0.0, lag: int = 0) -> Sample:
+    return Sample(
+        np.array(ids, np.int32), np.array([-i / 10 for i in ids], np.float32),
+        np.array(mask or [1] * len(ids), bool), advantage, np.full(len(ids), lag, np.int32),
+    )  # fmt: skip
+
+
+def test_pack_lays_out_prompt_once_and_completions_without_their_last_token() -> None:
+    packed = pack([
+        Row((7, 8), (sample([11, 12, 13], [1, 0, 1], 0.5, 1), sample([21, 22], None, -1.0, 2)), 0.7),
+        Row((9,), (sample([31]),), 1.5),
+    ])  # fmt: skip
+    assert packed.input_ids.tolist() == [[7, 8, 11, 12, 21], [9, 0, 0, 0, 0]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 0, 0, 0, 0]]
+    assert packed.predict_index.tolist() == [1, 2, 3, 1, 4, 5]
+    assert packed.target_ids.tolist() == [11, 12, 13, 21, 22, 31]
+    assert packed.mask.tolist() == [True, False, True, True, True, True]
+    assert packed.sequence_index.tolist() == [0, 0, 0, 1, 1, 2]
+    assert packed.sequence_tokens.tolist() == [2, 2, 2, 2, 2, 1]
+    assert packed.advantages.tolist() == [0.5, 0.5, 0.5, -1.0, -1.0, 0.0]
+    assert packed.lag.tolist() == [1, 1, 1, 2, 2, 0]
+    torch.testing.assert_close(packed.temperature, torch.tensor([0.7] * 5 + [1.5]))
+    torch.testing.assert_close(packed.engine_logprobs, torch.tensor([-1.1, -1.2, -1.3, -2.1, -2.2, -3.1]))
+    assert (packed.num_tokens, packed.num_positions) == (6, 10)
+
+
+def test_pack_attention_shows_prompt_and_own_past_only() -> None:
+    packed = pack([Row((7, 8), (sample([11, 12, 13]), sample([21, 22])), 1.0), Row((9,), (sample([31]),), 1.0)])
+    assert packed.attention.shape == (2, 1, 5, 5)
+    assert packed.attention[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],  # the second completion does not see the first
+    ]
+    assert packed.attention.any(dim=-1).all()  # padding has keys, too: no softmax over nothing
+    assert not packed.attention[1, 0, 0, 1:].any()  # and nothing sees padding
+
+
+def test_pack_keeps_a_token_that_equals_the_padding_id() -> None:
+    packed = pack([Row((0, 0), (sample([0, 0, 5]),), 1.0)])
+    assert packed.num_tokens == 3 and packed.mask.all()
+    assert packed.attention[0, 0, 3].tolist() == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("row", "message"), [(Row((), (sample([1]),)), "empty prompt"), (Row((1,), (sample([]),)), "completion without")]
+)
+def test_pack_refuses_what_nothing_predicts(row: Row, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack([row])
+
+
+@pytest.mark.parametrize("budget", [1, 9, 14, 30, 1000])
+def test_plan_keeps_budget_and_loses_no_completion(budget: int) -> None:
+    rows = random_rows()
+    plan = plan_microbatches(rows, budget)
+    for group in plan:
+        positions = len(group) * max(row.packed_length for row in group)
+        assert positions <= budget or (len(group) == 1 and len(group[0].samples) == 1)
+    planned = sorted((row.prompt_ids, tuple(s.token_ids)) for group in plan for row in group for s in row.samples)
+    assert planned == sorted((row.prompt_ids, tuple(s.token_ids)) for row in rows for s in row.samples)
+    assert (len(plan) == 1) == (budget == 1000)
+
+
+def test_split_row_repeats_the_prompt_and_keeps_the_order() -> None:
+    row = Row((1, 2, 3), tuple(sample([k] * 3) for k in range(5)), 0.7)
+    pieces = split_row(row, 8)  # 3 + 2 + 2 fit, a third completion does not
+    assert [[int(s.token_ids[0]) for s in piece.samples] for piece in pieces] == [[0, 1], [2, 3], [4]]
+    assert all(piece.prompt_ids == row.prompt_ids and piece.temperature == 0.7 for piece in pieces)
+    assert split_row(row, 13) == [row]

@@ -1,0 +1,104 @@
+"""Restored training goes on bit for bit; damaged checkpoints are refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from learner import checkpoint
+from learner.batch import Batch, Minibatch
+from learner.model import PolicyModel
+from learner.optim import Optimizer
+from learner.step import train_step
+from protocol.config import Recipe
+from tests.learner.reference import policy, random_rows
+
+RECIPE = Recipe.model_validate({"optim": {"lr": 1e-3, "weight_decay": 0.01}})
+
+
+def train(model: PolicyModel, optimizer: Optimizer, steps: range) -> None:
+    for step in steps:
+        rows = random_rows(seed=step)
+        tokens = int(sum(s.mask.sum() for row in rows for s in row.samples))
+        train_step(model, optimizer, Batch(step, (Minibatch(rows, tokens, 10),), {}), RECIPE)
+
+
+def fresh(kind: str = "qwen2") -> tuple[PolicyModel, Optimizer]:
+    model = policy(kind, dtype="bfloat16")
+    return model, Optimizer(model, RECIPE.optim)
+
+
+def saved(directory: Path, step: int = 2, keep: int = 2) -> Path:
+    model, optimizer = fresh()
+    train(model, optimizer, range(1))
+    return checkpoint.save(directory, step, model, optimizer, {"cursor": [1, 2], "branch": 0}, keep)
+
+
+def test_restored_training_equals_uninterrupted_training(tmp_path: Path) -> None:
+    model, optimizer = fresh()
+    train(model, optimizer, range(3))
+    path = checkpoint.save(tmp_path, 3, model, optimizer, {"cursor": 7}, keep=1)
+    train(model, optimizer, range(3, 5))
+
+    restored, its_optimizer = fresh()
+    train(restored, its_optimizer, range(1))  # a state that must vanish
+    assert checkpoint.load(path, restored, its_optimizer) == {"cursor": 7}
+    train(restored, its_optimizer, range(3, 5))
+    for (name, expected), (_, found) in zip(model.named_parameters(), restored.named_parameters(), strict=True):
+        assert torch.equal(found, expected), name
+    expected_state = optimizer.state_tensors()
+    assert len(expected_state) == 3 * len(optimizer.parameters)
+    assert all(torch.equal(found, expected_state[key]) for key, found in its_optimizer.state_tensors().items())
+
+
+def test_restoring_an_optimizer_that_never_stepped(tmp_path: Path) -> None:
+    model, optimizer = fresh()
+    path = checkpoint.save(tmp_path, 0, model, optimizer, {}, keep=1)
+    other, its_optimizer = fresh()
+    train(other, its_optimizer, range(1))
+    checkpoint.load(path, other, its_optimizer)
+    assert its_optimizer.state_tensors() == {}
+
+
+def test_save_keeps_the_newest_and_latest_finds_it(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path / "nothing") is None
+    (tmp_path / ".step-00000009").mkdir()  # what a killed process left behind
+    for step in (2, 10, 9):
+        saved(tmp_path, step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000009", "step-00000010"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000010"
+
+
+def test_save_replaces_a_checkpoint_of_the_same_step(tmp_path: Path) -> None:
+    first = (saved(tmp_path) / "weights.safetensors").stat().st_ino
+    assert (saved(tmp_path) / "weights.safetensors").stat().st_ino != first
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "altered"])
+def test_load_refuses_a_damaged_checkpoint_and_changes_nothing(tmp_path: Path, name: str, damage: str) -> None:
+    path = saved(tmp_path)
+    file, data = path / name, (path / name).read_bytes()
+    if damage == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    elif damage == "missing":
+        file.unlink()
+    elif name == "state.json":
+        file.write_text(json.dumps(json.loads(data) | {"format": 99}))
+    else:
+        file.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+    model, optimizer = fresh()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        checkpoint.load(path, model, optimizer)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert optimizer.state_tensors() == {}
+
+
+def test_load_refuses_another_model(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    model, optimizer = fresh("llama")
+    with pytest.raises(ValueError, match="holds another model"):
+        checkpoint.load(path, model, optimizer)

@@ -1,0 +1,250 @@
+"""A whole step against one naive padded computation with full logits, written here."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from learner.batch import Batch, Minibatch, Row
+from learner.methods import sft
+from learner.methods.grpo import make_batch
+from learner.model import PolicyModel
+from learner.optim import Optimizer
+from learner.step import sft_step, train_step
+from protocol.config import Recipe
+from tests.learner.reference import VOCABULARY, make_group, policy, random_rows
+
+NO_CLIPPING = 1e9
+
+
+def recipe(budget: int = 1000, grpo: dict[str, Any] | None = None, **optim: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "rollout": {"max_tokens": 16, "groups_per_step": 4},
+            "optim": {"max_grad_norm": NO_CLIPPING, "lr": 1e-3} | optim,
+            "grpo": grpo or {},
+            "learner": {"microbatch_tokens": budget},
+            "warm_start": {"lr": 2e-3},
+        }
+    )
+
+
+def batch_of(*minibatches: tuple[Row, ...]) -> Batch:
+    def minibatch(rows: tuple[Row, ...]) -> Minibatch:
+        samples = [sample for row in rows for sample in row.samples]
+        return Minibatch(rows, int(sum(s.mask.sum() for s in samples)), len(samples))
+
+    return Batch(step=3, minibatches=tuple(minibatch(rows) for rows in minibatches), stats={})
+
+
+def keep_gradients(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """Gradients as they are when the (first) update would be made; nothing moves."""
+    kept: dict[str, torch.Tensor] = {}
+
+    def step() -> None:
+        kept.update({name: p.grad.clone() for name, p in optimizer.parameters.items()})
+        optimizer.zero_grad()
+
+    optimizer.step = step  # type: ignore[method-assign]
+    return kept
+
+
+def gradients_of(model: PolicyModel, batch: Batch, recipe: Recipe) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    optimizer = Optimizer(model, recipe.optim)
+    kept = keep_gradients(optimizer)
+    return kept, train_step(model, optimizer, batch, recipe)
+
+
+def naive_gradients(
+    model: PolicyModel, rows: tuple[Row, ...], recipe: Recipe
+) -> tuple[dict[str, torch.Tensor], float, float]:
+    """(gradients, loss, mean entropy): right-padded lines, full logits, one backward pass, loops over sequences."""
+    lines = [(row, sample) for row in rows for sample in row.samples]
+    longest = max(len(row.prompt_ids) + s.num_tokens for row, s in lines)
+    ids = torch.zeros(len(lines), longest, dtype=torch.int64)
+    attention = torch.zeros(len(lines), longest, dtype=torch.int64)
+    for i, (row, s) in enumerate(lines):
+        tokens = [*row.prompt_ids, *s.token_ids.tolist()]
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        attention[i, : len(tokens)] = 1
+    logits = model.network(input_ids=ids, attention_mask=attention, use_cache=False).logits
+    grpo, sequences, entropies = recipe.grpo, [], []
+    for i, (row, s) in enumerate(lines):
+        first = len(row.prompt_ids)
+        distribution = torch.log_softmax(logits[i, first - 1 : first - 1 + s.num_tokens] / row.temperature, -1)
+        logprobs = torch.stack([distribution[t, token] for t, token in enumerate(s.token_ids.tolist())])
+        weight = (logprobs.detach() - torch.from_numpy(s.engine_logprobs)).exp().clamp(max=grpo.importance_cap)
+        ratio = (logprobs - logprobs.detach()).exp()
+        per_token = -weight * (ratio * s.advantage if grpo.loss == "grpo_clip" else logprobs * s.advantage)
+        sequences.append(per_token[torch.from_numpy(s.mask)])
+        entropies.append(-(distribution.exp() * distribution).sum(-1)[torch.from_numpy(s.mask)])
+    if grpo.aggregation == "token_mean":
+        loss = torch.cat(sequences).mean()
+    elif grpo.aggregation == "sequence_mean":
+        loss = torch.stack([s.mean() if len(s) else s.sum() for s in sequences]).mean()
+    else:
+        loss = torch.stack([s.sum() / recipe.rollout.max_tokens for s in sequences]).mean()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.network.zero_grad(set_to_none=True)
+    return gradients, loss.item(), torch.cat(entropies).mean().item()
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    assert max(float(g.abs().max()) for g in expected.values()) > 0.01
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=tolerance, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+@pytest.mark.parametrize(("loss", "budget"), [("grpo_clip", 14), ("reinforce", 1000)])
+def test_train_step_gradient_equals_the_naive_padded_one(kind: str, aggregation: str, loss: str, budget: int) -> None:
+    settings = recipe(budget, {"aggregation": aggregation, "loss": loss})
+    model, rows = policy(kind), random_rows(temperature=0.7)
+    expected, expected_loss, entropy = naive_gradients(model, rows, settings)
+    found, metrics = gradients_of(model, batch_of(rows), settings)
+    assert_same(found, expected)
+    assert (metrics["microbatches"] > 3) == (budget == 14)
+    assert metrics["loss"] == pytest.approx(expected_loss, rel=1e-4)
+    assert metrics["entropy"] == pytest.approx(entropy, rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(
+        np.sqrt(sum(float(g.square().sum()) for g in expected.values())), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+def test_skip_zero_advantage_leaves_the_gradient_as_it_is(aggregation: str) -> None:
+    rewards = ([1.0, 0.0, 0.5], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0])
+    groups = [make_group(r, [4, 2, 3], index=i) for i, r in enumerate(rewards)]
+    found = []
+    for skip in (True, False):
+        settings = recipe(1000, {"skip_zero_advantage": skip, "aggregation": aggregation, "advantage": "group_mean"})
+        batch = make_batch(groups, settings, lambda version: 0, step=0)
+        found.append(gradients_of(policy(), batch, settings))
+    assert found[0][1]["positions"] < found[1][1]["positions"]
+    assert_same(found[0][0], found[1][0], 1e-6)
+
+
+def test_train_step_takes_old_logprobs_from_before_the_first_update() -> None:
+    rows = random_rows()
+    model = policy()
+    metrics = train_step(model, Optimizer(model, recipe().optim), batch_of(rows[:2], rows[2:]), recipe(epochs=2))
+    assert metrics["updates"] == 4
+    assert metrics["ratio_std"] > 1e-3 and metrics["clipped_share"] > 0
+    once = train_step(model, Optimizer(model, recipe().optim), batch_of(rows), recipe())
+    assert (once["updates"], once["ratio_mean"], once["ratio_std"]) == (1, 1.0, 0.0)
+
+
+def test_train_step_with_several_updates_equals_clipped_updates_by_hand() -> None:
+    """Two passes over one minibatch: the second one's gradient is that of the clipped ratio to the first policy."""
+    rows = tuple(
+        replace(row, samples=tuple(replace(s, mask=np.ones_like(s.mask)) for s in row.samples)) for row in random_rows()
+    )
+    settings = recipe(budget=20, epochs=2, lr=1e-2)
+    packed, hand = policy(), policy()
+    train_step(packed, Optimizer(packed, settings.optim), batch_of(rows), settings)
+    optimizer = torch.optim.AdamW(hand.network.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    lines = [(row, s) for row in rows for s in row.samples]
+    total, old = sum(s.num_tokens for _, s in lines), None
+    for _ in range(2):
+        logprobs = []
+        for row, s in lines:
+            ids = torch.tensor([[*row.prompt_ids, *s.token_ids.tolist()]])
+            distribution = torch.log_softmax(hand.network(input_ids=ids).logits[0, :-1] / row.temperature, -1)
+            logprobs.append(distribution.gather(-1, ids[0, 1:, None])[len(row.prompt_ids) - 1 :, 0])
+        old = old or [x.detach() for x in logprobs]
+        loss = torch.zeros(())
+        for (_, s), now, before in zip(lines, logprobs, old, strict=True):
+            weight = (before - torch.from_numpy(s.engine_logprobs)).exp().clamp(max=2.0)
+            ratio = (now - before).exp()
+            loss = loss - (weight * torch.minimum(ratio * s.advantage, ratio.clamp(0.8, 1.2) * s.advantage)).sum()
+        optimizer.zero_grad()
+        (loss / total).backward()
+        optimizer.step()
+    moved = 0
+    for (name, parameter), reference in zip(packed.named_parameters(), hand.network.parameters(), strict=True):
+        close = torch.isclose(parameter, reference, atol=2e-4, rtol=0)
+        moved += close.sum().item()
+        assert close.float().mean() > 0.99, name  # Adam's first steps are +-lr where a gradient is nearly 0
+    assert moved > 0
+
+
+def test_train_step_leaves_out_updates_without_a_signal() -> None:
+    rows = random_rows()
+    zero = tuple(replace(row, samples=tuple(replace(s, advantage=0.0) for s in row.samples)) for row in rows)
+    model = policy()
+    optimizer = Optimizer(model, recipe().optim)
+    train_step(model, optimizer, batch_of(rows), recipe())  # momentum that could move the weights
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for batch in (batch_of(zero), batch_of(())):
+        metrics = train_step(model, optimizer, batch, recipe(weight_decay=0.1))
+        assert (metrics["skipped_updates"], metrics["updates"], metrics["tokens"]) == (1, 0, 0)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    metrics = train_step(model, optimizer, batch_of(rows, zero), recipe())
+    assert (metrics["skipped_updates"], metrics["updates"]) == (1, 1)
+
+
+@pytest.mark.parametrize("spoil", ["loss", "gradient"])
+def test_train_step_refuses_what_is_not_finite_and_keeps_the_weights(spoil: str) -> None:
+    rows = random_rows()
+    model = policy()
+    optimizer = Optimizer(model, recipe().optim)
+    if spoil == "loss":
+        bad = replace(rows[0].samples[0], advantage=float("nan"))
+        rows = (replace(rows[0], samples=(bad, *rows[0].samples[1:])), *rows[1:])
+    else:
+        next(model.network.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(FloatingPointError, match="step 3, update 1"):
+        train_step(model, optimizer, batch_of(rows), recipe())
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_train_step_clips_and_schedules() -> None:
+    rows, model = random_rows(), policy()
+    settings = recipe(max_grad_norm=1e-3, warmup_steps=8)
+    optimizer = Optimizer(model, settings.optim)
+    kept = keep_gradients(optimizer)
+    metrics = train_step(model, optimizer, batch_of(rows), settings)
+    assert metrics["grad_norm"] > 0.1
+    assert np.sqrt(sum(float(g.square().sum()) for g in kept.values())) == pytest.approx(1e-3, rel=1e-2)
+    assert metrics["lr"] == pytest.approx(1e-3 * 4 / 8)  # step 3, counted from 0
+
+
+def test_sft_step_minimizes_the_mean_loss_of_response_tokens() -> None:
+    demonstrations = [((1, 2, 3), (4, 5, 2)), ((7,), (8, 2)), ((1, 2, 9, 9), (6, 6, 6, 2))]
+    model = policy("qwen2")
+    total = torch.zeros(())
+    for prompt, response in demonstrations:
+        ids = torch.tensor([[*prompt, *response]])
+        labels = torch.tensor([[-100] * len(prompt) + list(response)])
+        logits = model.network(input_ids=ids).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
+    (total / 9).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.network.zero_grad(set_to_none=True)
+    optimizer = Optimizer(model, recipe().optim)
+    kept = keep_gradients(optimizer)
+    metrics = sft_step(model, optimizer, sft.make_batch(demonstrations, step=0), recipe(budget=8))
+    assert_same(kept, expected)
+    assert metrics["loss"] == pytest.approx(total.item() / 9, rel=1e-5)
+    assert metrics["nll"] == pytest.approx(total.item() / 9, rel=1e-5)
+    assert (metrics["tokens"], metrics["lr"]) == (9, 2e-3)
+
+
+def test_training_learns_the_rewarded_token() -> None:
+    model = policy()
+    settings = recipe(grpo={"advantage": "group_mean"}, lr=5e-3)
+    optimizer = Optimizer(model, settings.optim)
+    groups = [make_group([0.0] * 8, [3] * 8, index=i) for i in range(4)]
+    tokens = [np.frombuffer(g.token_ids, "<i4").reshape(8, 3) for g in groups]
+    rewarded = [
+        make_group([float((c < VOCABULARY // 2).mean()) for c in t], [3] * 8, index=i) for i, t in enumerate(tokens)
+    ]
+    batch = make_batch(rewarded, settings, lambda version: 0, step=0)
+    losses = [train_step(model, optimizer, batch, settings)["loss"] for _ in range(5)]
+    assert losses[-1] < losses[0] - 0.1
