@@ -30,7 +30,7 @@ imports: setup   ## what must load fast loads
 check: lint types imports ## all that runs in seconds
 
 test: setup      ## the tests (at most three engine starts)
-	$(BIN)/python -m pytest -m "not slow and not chaos" $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/real $(ARGS)
 
 test-real: setup ## all tests that start real engines, the long ones and the kills too
 	$(BIN)/python -m pytest tests/real $(ARGS)
@@ -38,7 +38,7 @@ test-real: setup ## all tests that start real engines, the long ones and the kil
 bench: setup     ## measure; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-demo: setup      ## align SmolLM2-135M on arithmetic (about 10 minutes on two cores)
+demo: setup      ## align SmolLM2-135M on arithmetic (about 6 minutes on two cores)
 	$(BIN)/tandem demo $(ARGS)
 
 lock: setup      ## resolve the pinned lists anew from pyproject.toml

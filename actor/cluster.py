@@ -2,7 +2,7 @@
 
 Ray reruns the constructor of a restarted actor and nothing else, and a constructor that raises is dead for good: so it
 only starts the loop in a thread. When the loop fails, the process exits and Ray (`max_restarts=-1`) starts a new one;
-when the learner has drained it, the process waits idle for the launcher to remove it.
+when the learner has drained or refused it, the process waits idle for the launcher to remove it.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class RolloutActor:
         self._thread.start()
 
     def _run(self, learner: str, name: str, lost_learner_s: float) -> None:
-        from actor.loop import ActorLoop, LearnerLost, LearnerRefused
+        from actor.loop import ActorLoop, LearnerRefused
 
         try:
             reason = asyncio.run(ActorLoop(learner, name, lost_learner_s=lost_learner_s).run())
             log.info("%s ends: %s", name, reason)
             self._state = "drained"
-        except (LearnerLost, LearnerRefused) as error:
+        except LearnerRefused as error:
             log.error("%s ends: %s", name, error)
-            self._state = "without a learner"
+            self._state = "refused"
         except BaseException:
             log.exception("%s failed; Ray restarts it", name)
             time.sleep(RESTART_PAUSE_S)

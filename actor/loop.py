@@ -2,8 +2,8 @@
 
 One asyncio loop. Three things run beside each other: messages of the learner (`_listen`), heartbeats with absolute
 state (`_beat`), and weights (`_follow_weights`); each ticket is a task of its own. Whatever the learner has not
-acknowledged is kept and sent again after a reconnection. The loop ends when the learner drains it, refuses it or is gone
-for too long, or when the engine fails; Ray starts a new process then.
+acknowledged is kept and sent again after a reconnection. The loop ends when the learner drains it, refuses it or is
+gone for too long, or when the engine fails; Ray starts a new process then.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 HELLO_EVERY_S = 2.0
 RETRY_WEIGHTS_S = 1.0
+LOAD_TIMEOUT_S = 300.0
 
 
 class LearnerLost(Exception):
@@ -351,21 +352,23 @@ class ActorLoop:
 
     async def _serve(self, ticket: Ticket) -> None:
         """Turn a ticket into a group and send it. A failing engine ends the actor, anything else only the ticket."""
-        assert self.engine is not None
+        engine = self.engine
+        assert engine is not None
         try:
-            async with self._version_changed:  # waits for the learner's weights; freed by `_swap`
-                await self._version_changed.wait_for(lambda: self.engine.version >= ticket.min_version)
-            group = await rollout(self.engine, self.grader, self.gate, ticket, self.name)
+            async with self._version_changed:  # waits for the learner's weights; freed by `_update`
+                await self._version_changed.wait_for(lambda: engine.version >= ticket.min_version)
+            group = await rollout(engine, self.grader, self.gate, ticket, self.name)
         except asyncio.CancelledError:
             raise
         except BaseException as error:
-            failure = _engine_failure(error)
+            causes = _causes(error)
+            failure = next((cause for cause in causes if isinstance(cause, EngineFailed)), None)
             if failure is not None:
                 self._finish(failure)
                 return
             log.exception("ticket %s failed", ticket.id)
             self.held.pop(ticket.id, None)
-            await self.link.send(Failed(ticket.id, ticket.attempt, f"{type(error).__name__}: {error}"))
+            await self.link.send(Failed(ticket.id, ticket.attempt, f"{type(causes[0]).__name__}: {causes[0]}"))
             self._leave_when_done()
             return
         self.generated_tokens += group.num_tokens
@@ -413,7 +416,11 @@ class ActorLoop:
             self._enter("loading weights")
         staged = await self.staging.fetch(self.link, manifest, self.welcome)
         with self.gate.swapping():
-            self.pause_s = await self.engine.load(manifest, staged.path)
+            try:
+                async with asyncio.timeout(LOAD_TIMEOUT_S):
+                    self.pause_s = await self.engine.load(manifest, staged.path)
+            except TimeoutError:
+                raise EngineFailed(f"loading version {manifest.version} took more than {LOAD_TIMEOUT_S:.0f} s") from None
         self.staging.keep_only(staged)
         self.fetch_s = staged.seconds
         self.swaps += 1
@@ -425,13 +432,11 @@ class ActorLoop:
         await self.link.send(self._heartbeat())  # confirms the version at once
 
 
-def _engine_failure(error: BaseException) -> EngineFailed | None:
-    """The EngineFailed inside an error (task groups wrap what their tasks raise), if there is one."""
-    if isinstance(error, EngineFailed):
-        return error
+def _causes(error: BaseException) -> list[BaseException]:
+    """The errors inside an error: task groups wrap what their tasks raise."""
     if isinstance(error, BaseExceptionGroup):
-        return next((found for inner in error.exceptions if (found := _engine_failure(inner))), None)
-    return None
+        return [cause for inner in error.exceptions for cause in _causes(inner)]
+    return [error]
 
 
 def _rss_bytes() -> int:

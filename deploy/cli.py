@@ -156,8 +156,8 @@ def model_fetch(
 
 def _run(recipe: Recipe, run: RunDir, ray_address: str) -> None:
     """Preflight, launch, report. Exits with the learner's code."""
-    from deploy.launch import launch
-    from deploy.preflight import preflight
+    from deploy.launch import launch, share_gpus
+    from deploy.preflight import gpu_count, preflight
     from deploy.progress import ProgressView
     from deploy.report import print_report
     from protocol.rundir import read_json
@@ -165,9 +165,11 @@ def _run(recipe: Recipe, run: RunDir, ray_address: str) -> None:
     began = time.monotonic()
     console.print(f"run {run.path}", soft_wrap=True)
     model = preflight(recipe, lambda text: console.print(f"[dim]{text}[/]", highlight=False))
+    gpus = gpu_count()
+    recipe = share_gpus(recipe, gpus)
     _write_recipe(recipe, run)
     with ProgressView(console, recipe.name) as view:
-        code = launch(recipe, run, model, view, ray_address)
+        code = launch(recipe, run, model, view, ray_address, gpus)
     status = read_json(run.status) or {}
     if code == 0:
         print_report(run, console)

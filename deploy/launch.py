@@ -71,15 +71,21 @@ class Interrupts:
         self.count += 1
 
 
-def launch(recipe: Recipe, run: RunDir, model: Path, view: View, ray_address: str = "") -> int:
-    """Run to the end, or until interrupted. Returns the learner's exit code; everything started here has ended then."""
+def launch(recipe: Recipe, run: RunDir, model: Path, view: View, ray_address: str = "", gpus: int = 0) -> int:
+    """Run to the end, or until interrupted. Returns the learner's exit code; everything started here has ended then.
+
+    `gpus` is how many this machine has: they are divided between the learner and the actors that Ray starts here.
+    """
     interrupts = Interrupts()
+    for_actors, for_learner = split_gpus(visible_gpus(gpus)) if gpus else ([], [])
     with interrupts.caught(), contextlib.ExitStack() as stack:
         run.status.unlink(missing_ok=True)
         stack.callback(remove_staged, run)
-        learner = stack.enter_context(LearnerProcess(run, model))
+        learner = stack.enter_context(LearnerProcess(run, model, for_learner))
         if recipe.actor.count:
             view.note("starting Ray")
+            if for_actors and not ray_address:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(for_actors)
             stack.enter_context(ray_runtime(recipe, ray_address))
             interrupts.arm()
             _wait_for_endpoint(run, learner, view, interrupts)
@@ -121,8 +127,10 @@ def _watch(run: RunDir, learner: LearnerProcess, view: View, interrupts: Interru
 class LearnerProcess:
     """The learner as a child in a session of its own, so that Ctrl-C reaches only the launcher."""
 
-    def __init__(self, run: RunDir, model: Path) -> None:
+    def __init__(self, run: RunDir, model: Path, gpus: list[str]) -> None:
+        """`gpus`: names for CUDA_VISIBLE_DEVICES; empty: the environment stays as it is."""
         self.run, self.model = run, model
+        self.environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
         self.restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -138,6 +146,7 @@ class LearnerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                env=self.environment,
                 start_new_session=True,
             )
 
@@ -177,11 +186,23 @@ class LearnerProcess:
 # --- Ray ------------------------------------------------------------------------------------------------------------
 
 
-def actor_gpus(recipe: Recipe, gpus: int) -> float:
-    """GPUs that each actor asks of Ray: as the recipe says, else one beside the learner's, or half of the only one."""
+def share_gpus(recipe: Recipe, gpus: int) -> Recipe:
+    """The recipe with `actor.gpus` filled in where it is 0: one for each actor, or a part of the only one's half."""
     if recipe.actor.gpus or not gpus or recipe.actor.engine == "fake":
-        return recipe.actor.gpus
-    return 1.0 if gpus > 1 else 0.5 / max(1, recipe.actor.count)
+        return recipe
+    share = 1.0 if gpus > 1 else 0.5 / max(1, recipe.actor.count)
+    return recipe.model_copy(update={"actor": recipe.actor.model_copy(update={"gpus": share})})
+
+
+def split_gpus(visible: list[str]) -> tuple[list[str], list[str]]:
+    """(GPUs of the actors, GPUs of the learner): the learner gets the last one of several, all share the only one."""
+    return (visible[:-1], visible[-1:]) if len(visible) > 1 else (visible, visible)
+
+
+def visible_gpus(count: int) -> list[str]:
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES spells them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in named.split(",") if name.strip()] if named else [str(i) for i in range(count)]
 
 
 @contextlib.contextmanager
@@ -229,10 +250,9 @@ def rollout_actors(recipe: Recipe, run: RunDir) -> Iterator[list[Any]]:
 
     from actor.cluster import RemoteRolloutActor
 
-    gpus = actor_gpus(recipe, int(ray.cluster_resources().get("GPU", 0)))
     actors = [
         RemoteRolloutActor.options(
-            name=f"tandem-{run.path.name}-actor-{number}", num_cpus=recipe.actor.cpus, num_gpus=gpus
+            name=f"tandem-{run.path.name}-actor-{number}", num_cpus=recipe.actor.cpus, num_gpus=recipe.actor.gpus
         ).remote(
             str(run.endpoint), f"actor-{number}", str(run.logs / f"actor-{number}.log"), recipe.wire.lost_learner_s
         )

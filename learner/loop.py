@@ -132,6 +132,8 @@ class Learner:
         )
         self.source = Source(self.server, self.status.waiting, self.should_stop)
         self.publisher = Publisher(self.versions, self.server.reserved, self.server.offer)
+        if self.restored is not None:
+            self._restore_tickets()
         self.server.start()
         write_json(self.run.endpoint, {"work": hub.work_endpoint})
         log.info("the learner listens at %s", hub.work_endpoint)
@@ -237,8 +239,6 @@ class Learner:
     # --- the loop ---
 
     def _training(self) -> None:
-        if self.restored is not None:
-            self._restore_tickets()
         self.source.wait_for_actor(1, self.recipe.actor.start_timeout_s)
         self.source.resume_training()
         self.status.set("training", step=self.state["step"])
@@ -336,13 +336,11 @@ class Learner:
         write_json(self.run.summary, self._summary())
 
     def _restore_tickets(self) -> None:
-        """Give the dispatcher what the checkpoint and the journal say of every ticket."""
+        """Give the dispatcher what the checkpoint and the journal say of every ticket, before any actor is heard."""
         assert self.restored is not None
         groups = list(read_groups(self.run.journal, self.restored["replay_offset"]))
-        with self.server.lock:
-            version = self.server.dispatcher.step_versions[self.state["step"]]
-            kept = self.server.dispatcher.restore(self.restored["tickets"], groups, version)
-            self.server.offsets = {ticket_id.index: self.restored["replay_offset"] for ticket_id in kept}
+        kept = self.server.dispatcher.restore(self.restored["tickets"], groups, self.versions.next)
+        self.server.offsets = {ticket_id.index: self.restored["replay_offset"] for ticket_id in kept}
         log.info("%d groups of unfinished tickets come from the journal", len(kept))
 
     def _epilogue(self) -> None:

@@ -32,13 +32,18 @@ class Versions:
 
     def reserve(self, step: int) -> int:
         """Next number, on disk when this returns."""
-        version = max(self._steps, default=0) + 1
+        version = self.next
         with open(self._path, "a") as file:
             file.write(json.dumps({"version": version, "step": step}) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self._steps[version] = step
         return version
+
+    @property
+    def next(self) -> int:
+        """The number that `reserve` will give."""
+        return max(self._steps, default=0) + 1
 
     def step_of(self, version: int) -> int:
         """Training steps that a version has seen. Raises KeyError for a number that was never reserved."""

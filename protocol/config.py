@@ -172,8 +172,6 @@ class WeightsConfig(Section):
     """What running completions do with their keys and values at an update."""
     chunk_mib: Positive = 8
     window: Positive = 2
-    confirm_timeout_s: PositiveFloat = 120.0
-    """Longest wait until an actor serves a version before an evaluation."""
 
 
 class CheckpointConfig(Section):
@@ -191,7 +189,7 @@ class WireConfig(Section):
     """Silence after which an actor's leases are issued again."""
     lost_learner_s: PositiveFloat = 120.0
     """Silence after which an actor gives up and exits."""
-    max_frame_mib: Positive = 64
+    max_frame_mib: Annotated[int, Field(ge=1, le=64)] = 64
     journal_fsync: bool = False
     """True: an acknowledged group survives the machine; False: it survives the process."""
 
@@ -264,6 +262,11 @@ class Recipe(Section):
             raise ValueError(
                 f"actor.max_running: found {self.actor.max_running}, allowed: at least rollout.group_size ="
                 f" {rollout.group_size} (a group runs as a whole)"
+            )
+        if self.weights.chunk_mib > self.wire.max_frame_mib:
+            raise ValueError(
+                f"weights.chunk_mib: found {self.weights.chunk_mib}, allowed: at most wire.max_frame_mib ="
+                f" {self.wire.max_frame_mib} (a chunk is one frame)"
             )
         if self.warm_start.examples and self.warm_start.batch_size > self.warm_start.examples:
             raise ValueError(

@@ -32,7 +32,7 @@ from protocol.messages import (
     Message,
     Refused,
 )  # fmt: skip
-from protocol.weights import Snapshot, check_manifest
+from protocol.weights import Snapshot, check_manifest, chunk_ranges
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ LINGER_MS = 1_000
 TRANSPORT_HEARTBEAT_MS = 5_000
 CHUNK_TIMEOUT_S = 10.0
 CHUNK_ATTEMPTS = 6
+BULK_POLL_S = 0.5
 HARD_LIMIT_FACTOR = 4
 """ZeroMQ itself cuts the connection at this multiple of the frame limit; up to there a frame is refused and counted."""
 
@@ -216,7 +217,9 @@ class Hub:
 class Link:
     """An actor's connection to the learner. Used inside one asyncio loop."""
 
-    def __init__(self, endpoint: str, actor: str, incarnation: str, limits: codec.Limits = codec.DEFAULT_LIMITS) -> None:
+    def __init__(
+        self, endpoint: str, actor: str, incarnation: str, limits: codec.Limits = codec.DEFAULT_LIMITS
+    ) -> None:
         """Connect the work socket (ZeroMQ connects in the background). Raises ValueError for a malformed endpoint."""
         self.limits = limits
         self.faults = FaultCounter()
@@ -227,6 +230,7 @@ class Link:
         self._news: zmq.asyncio.Socket = _socket(self._context, zmq.SUB, limits)
         self._news.setsockopt(zmq.SUBSCRIBE, b"")
         self._connected: dict[zmq.asyncio.Socket, str] = {}
+        self._bulk_connections = 0
         try:
             self._connect(self._work, endpoint)
         except ValueError:
@@ -256,6 +260,7 @@ class Link:
         """Connect to the learner's bulk and news sockets, replacing earlier connections."""
         self._connect(self._bulk, bulk)
         self._connect(self._news, news)
+        self._bulk_connections += 1
 
     async def receive(self) -> Message:
         """Next message of the learner on the work socket; bad frames are counted and skipped."""
@@ -272,7 +277,7 @@ class Link:
             parts = await sock.recv_multipart(copy=False)
             frames = [part.buffer for part in parts]
             try:
-                return codec.decode_from_learner(frames, self.limits)  # type: ignore[no-any-return]
+                return codec.decode_from_learner(frames, self.limits)
             except UnknownVersion as error:  # the learner's own refusal is not readable either
                 self.faults("unknown version", error)
                 return Refused(f"the learner speaks another protocol: {error}")
@@ -284,20 +289,19 @@ class Link:
         await self._work.send_multipart(codec.encode(message))
 
     async def fetch_manifest(self) -> Manifest:
-        """Newest manifest. Raises WeightsError if there is none or it is damaged, DeadlineExceeded if no answer comes."""
+        """Newest manifest. Raises WeightsError if there is none or it is damaged, DeadlineExceeded for no answer."""
         reply = await self._ask(ManifestRequest(), lambda message: isinstance(message, Manifest), "the newest manifest")
         check_manifest(reply)
-        return reply  # type: ignore[no-any-return]
+        return reply
 
     async def fetch(
         self, manifest: Manifest, chunk_bytes: int, window: int, write: Callable[[int, memoryview], None]
     ) -> None:
         """Pull a version's bytes, `window` requests in flight, and hand each chunk to `write(offset, data)`.
 
-        Raises WeightsError if the version is gone meanwhile, DeadlineExceeded if chunks stop coming.
+        Raises WeightsError if the version or the learner is gone meanwhile, DeadlineExceeded if chunks stop coming.
         """
-        from protocol.weights import chunk_ranges
-
+        connection = self._bulk_connections
         todo = list(chunk_ranges(manifest.total_bytes, chunk_bytes))[::-1]
         flying: dict[int, tuple[int, float, int]] = {}  # offset -> length, sent at, attempts
 
@@ -308,7 +312,7 @@ class Link:
         while todo or flying:
             while todo and len(flying) < window:
                 await request(*todo.pop(), 1)
-            message = await self._bulk_reply(CHUNK_TIMEOUT_S / 4)
+            message = await self._bulk_reply(CHUNK_TIMEOUT_S / 4, connection)
             if isinstance(message, Chunk) and message.version == manifest.version and message.offset in flying:
                 length, _, _ = flying[message.offset]
                 if len(message.data) == length:
@@ -326,11 +330,12 @@ class Link:
                     await request(offset, length, attempts + 1)
 
     async def _ask(self, request: Message, fits: Callable[[Any], bool], what: str) -> Any:
+        connection = self._bulk_connections
         for _ in range(CHUNK_ATTEMPTS):
             await self._send_bulk(request)
             deadline = time.monotonic() + CHUNK_TIMEOUT_S
             while (left := deadline - time.monotonic()) > 0:
-                message = await self._bulk_reply(left)
+                message = await self._bulk_reply(left, connection)
                 if isinstance(message, Gone) and not message.version:  # else: of a chunk asked for earlier
                     raise WeightsError("the learner has no weights yet")
                 if message is not None and fits(message):
@@ -340,10 +345,13 @@ class Link:
     async def _send_bulk(self, message: Message) -> None:
         await self._bulk.send_multipart(codec.encode(message))
 
-    async def _bulk_reply(self, timeout_s: float) -> Message | None:
-        if not await self._bulk.poll(timeout_s * 1000):
-            return None
-        return await self._receive(self._bulk)
+    async def _bulk_reply(self, timeout_s: float, connection: int) -> Message | None:
+        """Next message on the bulk socket; None if there is none for a while. Raises WeightsError if the socket was
+        connected anew since `connection`: what was asked of the learner before is lost."""
+        ready = await self._bulk.poll(min(timeout_s, BULK_POLL_S) * 1000)
+        if connection != self._bulk_connections:
+            raise WeightsError("the learner was restarted during a pull")
+        return await self._receive(self._bulk) if ready else None
 
     def close(self) -> None:
         """Close all sockets; what is queued is sent for at most LINGER_MS."""

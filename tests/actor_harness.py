@@ -152,10 +152,11 @@ class Puppet:
         return found
 
     def settle(self, held: tuple[TicketId, ...] = (), unacked: tuple[TicketId, ...] = ()) -> list[Message]:
-        """A heartbeat and everything up to its answer: whatever the hub owed before, it has sent by then."""
+        """Two heartbeats and all messages up to the second answer: by then the hub has settled the first."""
         before = len(self.received)
         self.beat(held, unacked)
-        self.next(Beat)
+        self.beat(held, unacked)
+        self.next(Beat, 2)
         return self.received[before:]
 
 
@@ -163,6 +164,6 @@ def group_of(ticket: Ticket, actor: str = "actor-9", version: int = 1) -> Group:
     """A group that fits a ticket: one token a completion."""
     completion = Completion(1, ((version, 0),), "stop", {"reward": 1.0})
     return Group(
-        id=ticket.id, kind=ticket.kind, attempt=ticket.attempt, actor=actor, prompt_ids=ticket.prompt_ids, temperature=1.0,
-        completions=(completion, completion), token_ids=bytes(8), logprobs=bytes(8), mask=b"\1\1",
+        id=ticket.id, kind=ticket.kind, attempt=ticket.attempt, actor=actor, prompt_ids=ticket.prompt_ids,
+        temperature=1.0, completions=(completion, completion), token_ids=bytes(8), logprobs=bytes(8), mask=b"\1\1",
     )  # fmt: skip

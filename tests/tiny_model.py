@@ -1,7 +1,7 @@
 """A tiny randomly initialised Llama as a Hugging Face directory, made in under a second after the imports.
 
-Called by tests of both sides that need a model which transformers and vLLM load, without a hub. The tokenizer knows every
-byte (no text is unknown to it), ends a sequence with "<|im_end|>" and has a chat template. Not a test itself.
+Called by tests of both sides that need a model which transformers and vLLM load, without a hub. The tokenizer knows
+every byte (no text is unknown to it), ends a sequence with "<|im_end|>" and has a chat template. Not a test itself.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def make_tiny_model(
 ) -> Path:
     """Write config, weights (safetensors) and tokenizer to `directory` and return it.
 
-    The vocabulary (259 tokens) is no multiple of 64 on purpose: vLLM pads it. vLLM's CPU attention wants a `head_dim` of
-    at least 32. `scale` is the standard deviation of the weights: large enough that a wrong weight shows.
+    The vocabulary (259 tokens) is no multiple of 64 on purpose: vLLM pads it. vLLM's CPU attention wants a `head_dim`
+    of at least 32. `scale` is the standard deviation of the weights: large enough that a wrong weight shows.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

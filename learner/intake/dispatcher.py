@@ -156,10 +156,11 @@ class Dispatcher:
         self.check()
         return accepted
 
-    def wants(self, ticket_id: TicketId) -> bool:
-        """Whether a group for this ticket would be accepted, so that the journal holds no duplicates."""
+    def wanted(self, ticket_id: TicketId) -> Ticket | None:
+        """The ticket, if a group for it would be accepted: only then is a group journaled."""
         ledger = self._ledger(ticket_id)
-        return ticket_id in ledger.leased or any(ticket.id == ticket_id for ticket in ledger.waiting)
+        lease = ledger.leased.get(ticket_id)
+        return lease.ticket if lease else next((ticket for ticket in ledger.waiting if ticket.id == ticket_id), None)
 
     def give_back(self, ticket_id: TicketId, actor: str, why: str) -> None:
         """A lease is lost: the ticket is issued again, or failed after `max_attempts`."""

@@ -28,6 +28,7 @@ from protocol.messages import (
     Hello,
     Message,
     Rehello,
+    Ticket,
     TicketId,
     Welcome,
 )  # fmt: skip
@@ -71,6 +72,20 @@ class ActorTotals:
     generated_tokens: int = 0
     failures: list[str] = field(default_factory=list)
     """Errors that actors reported, newest last; emptied when a group arrives."""
+
+
+def unlike(group: Group, ticket: Ticket) -> str:
+    """What in a group does not answer its ticket; "" if all of it does."""
+    if group.prompt_ids != ticket.prompt_ids:
+        return "another prompt"
+    if len(group.completions) != ticket.group_size:
+        return f"{len(group.completions)} completions, expected {ticket.group_size}"
+    if group.temperature != ticket.sampling.temperature:
+        return f"temperature {group.temperature}, expected {ticket.sampling.temperature}"
+    longest = max(completion.num_tokens for completion in group.completions)
+    if longest > ticket.sampling.max_tokens:
+        return f"a completion of {longest} tokens, expected at most {ticket.sampling.max_tokens}"
+    return ""
 
 
 class IntakeServer(threading.Thread):
@@ -228,7 +243,7 @@ class IntakeServer(threading.Thread):
 
         A group that is still wanted is left alone: the actor sends it again, and the first one journaled counts.
         """
-        done = tuple(ticket_id for ticket_id in stray if ticket_id in unacked and not self.dispatcher.wants(ticket_id))
+        done = tuple(ticket_id for ticket_id in stray if ticket_id in unacked and not self.dispatcher.wanted(ticket_id))
         cancelled = tuple(ticket_id for ticket_id in stray if ticket_id not in unacked)
         if done:
             self.hub.send(peer_id, Ack(done))
@@ -237,7 +252,11 @@ class IntakeServer(threading.Thread):
 
     def _group(self, peer: Peer, group: Group) -> None:
         """Journal first, then acknowledge. Duplicates and latecomers are acknowledged and dropped."""
-        if self.dispatcher.wants(group.id):
+        ticket = self.dispatcher.wanted(group.id)
+        if ticket is not None and (fault := unlike(group, ticket)):
+            self.hub.faults("group unlike its ticket", f"{group.id} of {peer.name}: {fault}")
+            self.dispatcher.give_back(group.id, peer.name, fault)
+        elif ticket is not None:
             holder = self.dispatcher.holders().get(group.id)
             offset = self.journal.append_group(group)
             if group.kind == "train":

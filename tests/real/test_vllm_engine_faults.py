@@ -102,9 +102,10 @@ async def test_load_with_missing_and_unknown_tensors_names_them_and_condemns(
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"max_model_len": 100_000}, r"max_model_len \(100000\) is greater than"),  # found in the actor's own process
-        ({"engine": ENGINE | {"kv_cache_gib": 1e-6}}, "No available memory for the cache blocks"),  # found in the engine core
+        ({"max_model_len": 100_000}, r"max_model_len \(100000\) is greater than"),
+        ({"engine": ENGINE | {"kv_cache_gib": 1e-6}}, "No available memory for the cache blocks"),
     ],
+    ids=["found-in-the-actors-process", "found-in-the-engine-core"],
 )
 async def test_start_that_fails_says_why_and_leaves_no_process(
     model_dir: Path, changes: dict[str, object], cause: str

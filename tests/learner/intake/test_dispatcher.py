@@ -111,9 +111,9 @@ def test_late_group_counts_if_it_is_the_first_and_is_a_duplicate_otherwise() -> 
     (first,) = issue_all(dispatcher, "a")
     dispatcher.actor_gone("a", "silent")
     (second,) = issue_all(dispatcher, "b")
-    assert dispatcher.wants(first.id)
+    assert dispatcher.wanted(first.id) is not None
     assert dispatcher.receive(make_group(first))
-    assert not dispatcher.wants(second.id)
+    assert dispatcher.wanted(second.id) is None
     assert not dispatcher.receive(make_group(second))
     assert dispatcher.counts()["duplicates"] == 1
 

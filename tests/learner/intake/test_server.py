@@ -393,8 +393,8 @@ def test_actor_that_lists_what_it_has_no_lease_for_is_corrected(tmp_path: Path) 
         puppet.next(Ack)
         (third,) = puppet.next(Ticket)
         answers = puppet.settle(held=(second.id, third.id, TicketId(0, 50)), unacked=(first.id,))
-        assert [message for message in answers if isinstance(message, Cancel)] == [Cancel((TicketId(0, 50),))]
-        assert [message for message in answers if isinstance(message, Ack)] == [Ack((first.id,))]
+        assert {message.ids for message in answers if isinstance(message, Cancel)} == {(TicketId(0, 50),)}
+        assert {message.ids for message in answers if isinstance(message, Ack)} == {(first.id,)}
 
 
 def test_failed_ticket_is_issued_again_and_then_left_out(tmp_path: Path) -> None:
@@ -481,6 +481,17 @@ def test_beats_keep_a_working_actor_alive(tmp_path: Path) -> None:
         assert intake.dispatcher.counts()["reissued"] == 0
 
 
+def test_new_incarnation_gets_the_leases_of_the_one_before_anew(tmp_path: Path) -> None:
+    with Intake(tmp_path, heartbeat_s=10, dead_after_s=600) as intake, Puppet(intake.address, slots=2) as puppet:
+        first, second = leased(intake, puppet, 2)
+        puppet.incarnation = "p2"
+        puppet.connect()
+        puppet.hello()
+        again = puppet.next(Ticket, 2)
+        assert [(ticket.id, ticket.attempt) for ticket in again] == [(first.id, 2), (second.id, 2)]
+        assert (intake.server.totals.started, intake.server.totals.restarted) == (1, 1)
+
+
 def test_reconnected_actor_keeps_its_leases(tmp_path: Path) -> None:
     with Intake(tmp_path) as intake, Puppet(intake.address, slots=2) as puppet:
         first, second = leased(intake, puppet, 2)
@@ -520,7 +531,7 @@ def test_engines_that_keep_failing_end_the_run_but_one_failure_does_not(tmp_path
         intake.publish(0)
         intake.source.resume_training()
         for failure in range(FATAL_FAILURES):
-            assert not puppet.tickets or intake.source._check_engines() is None  # type: ignore[func-returns-value]
+            intake.source._check_engines()  # fewer than that are no reason to give up
             puppet.incarnation = f"p{failure}"
             puppet.connect()
             puppet.hello()
@@ -587,26 +598,29 @@ def test_learner_restarted_on_the_same_port_loses_nothing_and_trains_nothing_twi
                 assert all(before < after for before, after in pairwise(numbers))
 
 
-def test_group_that_was_not_acknowledged_is_sent_again_to_the_restarted_learner(tmp_path: Path) -> None:
+def test_group_that_was_not_acknowledged_is_sent_again_to_the_restarted_learner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = Intake(tmp_path, steps=1, groups_per_step=1, max_lag=0)
     port = int(first.address.rpartition(":")[2])
     engine = FakeEngine()
     with ActorThread(first.address, engine=engine) as actor:
         with first:
-            first.hub_send, first.hub.send = first.hub.send, lambda peer, m: isinstance(m, Ack) or first.hub_send(peer, m)  # type: ignore
-            first.journal.append_group = lambda group: 0  # type: ignore[method-assign]
+            monkeypatch.setattr(first.server, "_group", lambda peer, group: None)  # killed before it could journal
             first.publish(0)
             first.source.wait_for_actor(1, DEADLINE_S)
             first.source.resume_training()
             until(lambda: actor.loop.unacked, "a group")
+            state = locked(first, first.dispatcher.state)
         second = Intake(tmp_path, steps=1, groups_per_step=1, max_lag=0, port=port)
         second.version = 1
+        second.dispatcher.restore(state, journal_of(tmp_path), second.version)
         with second:
             second.source.resume_training()
             assert indices(train(second, 1)) == [0]
             until(lambda: not actor.loop.unacked, "the acknowledgement")
         assert [group.id for group in journal_of(tmp_path)] == [FIRST]
-    assert len(engine.started) in (GROUP_SIZE, 2 * GROUP_SIZE)
+    assert len(engine.started) == GROUP_SIZE, "it was sent again, not generated again"
 
 
 def test_actor_says_hello_once_for_many_frames_that_a_restarted_learner_does_not_know(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""The demo's workload as a whole: overlapped (max_lag = 1) and one side after the other (max_lag = 0), in one run.
+
+On two shared cores both sides want the same cores, so overlap can gain little there; the overlap itself shows with an
+engine that sleeps instead of computing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from protocol.rundir import RunDir, read_json, read_jsonl
+
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.toml"
+WORKLOAD = ("eval.prompts=0", "warm_start.examples=32", "warm_start.epochs=1", "grpo.skip_zero_advantage=false")
+"""Every completion is trained on, so that both runs do the same work whatever they earn."""
+SKIPPED_STEPS = 1
+"""The first step fills the pipeline."""
+RUN_LIMIT_S = 1200
+
+
+def run(name: str, directory: Path, *overrides: str) -> dict[str, Any]:
+    """Train by the demo's recipe with overrides; returns medians over the steps after the first."""
+    command = [sys.executable, "-m", "deploy.cli", "train", str(RECIPE), "--runs", str(directory), "--name", name]
+    for override in (*WORKLOAD, *overrides):
+        command += ["--set", override]
+    subprocess.run(command, check=True, timeout=RUN_LIMIT_S, stdout=subprocess.DEVNULL)
+    run_dir = RunDir(directory / name)
+    rows, summary = read_jsonl(run_dir.metrics)[SKIPPED_STEPS:], read_json(run_dir.summary)
+    seconds = sum(row["step_s"] for row in rows)
+    return {
+        "name": name,
+        "steps": len(rows),
+        "step_s": statistics.median(row["step_s"] for row in rows),
+        "train_s": statistics.median(row["train_s"] for row in rows),
+        "wait_s": statistics.median(row["wait_s"] for row in rows),
+        "end_to_end_tokens_per_s": sum(row["completion_tokens"] for row in rows) / seconds,
+        "learner_tokens_per_s": summary["learner_tokens_per_s"],
+        "rollout_tokens_per_s": summary["rollout_tokens_per_s"],
+        "lag_mean": summary["lag_mean"],
+        "update_fetch_s": summary["weights"]["seconds_p50"],
+        "update_pause_s": summary["weights"]["pause_seconds_p50"],
+        "bytes_dense": summary["weights"]["bytes_dense"],
+    }
+
+
+def compare(kind: str, steps: int, *overrides: str) -> dict[str, Any]:
+    """Overlapped, synchronous, overlapped again: the machine's drift shows as the difference of the outer two."""
+    settings = (f"steps={steps}", *overrides)
+    with tempfile.TemporaryDirectory(prefix="tandem-bench-") as directory:
+        first = run(f"{kind}-overlapped-1", Path(directory), *settings, "rollout.max_lag=1")
+        synchronous = run(f"{kind}-synchronous", Path(directory), *settings, "rollout.max_lag=0")
+        second = run(f"{kind}-overlapped-2", Path(directory), *settings, "rollout.max_lag=1")
+    rate = statistics.mean([first["end_to_end_tokens_per_s"], second["end_to_end_tokens_per_s"]])
+    return {
+        "runs": [first, synchronous, second],
+        "overlap_speedup": rate / synchronous["end_to_end_tokens_per_s"],
+    }
+
+
+def real_engine(steps: int) -> dict[str, Any]:
+    """vLLM and the learner on the same cores."""
+    return compare("vllm", steps)
+
+
+def sleeping_engine(steps: int, token_s: float) -> dict[str, Any]:
+    """An engine that sleeps `token_s` a token beside the real learner: all that overlap can give."""
+    return compare("sleeping", steps, 'actor.engine="fake"', f"actor.fake_token_s={token_s}")

@@ -1,0 +1,99 @@
+"""`make bench`: measure, print, and store in benchmarks/results/. Takes about 25 minutes on two cores.
+
+python -m benchmarks.run [--only weights,sleeping,vllm] [--steps N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).resolve().parent / "results"
+DENSE_BYTES = 269_030_016
+"""bfloat16 weights of SmolLM2-135M, tied tensors once."""
+FAKE_TOKEN_S = 0.35
+"""Makes the sleeping engine's rollouts about as long as the learner's step here."""
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "make bench",
+    }
+
+
+def print_loop(console: Console, title: str, result: dict[str, Any]) -> None:
+    table = Table("run", "s a step", "training", "waiting", "end to end", "rollout", "learner", "lag", title=title)
+    for row in result["runs"]:
+        table.add_row(
+            row["name"], f"{row['step_s']:.1f}", f"{row['train_s']:.1f} s", f"{row['wait_s']:.1f} s",
+            f"{row['end_to_end_tokens_per_s']:.0f} tok/s", f"{row['rollout_tokens_per_s']:.0f} tok/s",
+            f"{row['learner_tokens_per_s']:.0f} tok/s", f"{row['lag_mean']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"overlapped / synchronous, end-to-end tokens/s: {result['overlap_speedup']:.2f}")
+
+
+def print_weights(console: Console, result: dict[str, Any]) -> None:
+    table = Table("dense update", "seconds", "GB/s", title=f"{result['bytes'] / 1e6:.0f} MB to another process")
+    table.add_row("raw loopback TCP", f"{result['raw_tcp_s']:.2f}", f"{result['raw_tcp_gb_per_s']:.2f}")
+    pull = result["pull_only_s"]
+    table.add_row("chunk pull alone", f"{pull:.2f}", f"{result['bytes'] / pull / 1e9:.2f}")
+    table.add_row("fetched, staged, checked", f"{result['update_s']:.2f}", f"{result['update_gb_per_s']:.2f}")
+    console.print(table)
+    console.print(f"update / raw TCP, seconds: {result['update_over_raw_tcp']:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="weights,sleeping,vllm", help="parts to measure")
+    parser.add_argument("--steps", type=int, default=6, help="steps of each training run")
+    options = parser.parse_args()
+    console = Console()
+    results: dict[str, Any] = {"machine": machine()}
+    for part in options.only.split(","):
+        console.rule(part)
+        if part == "weights":
+            from benchmarks import weights_speed
+
+            results[part] = weights_speed.measure(DENSE_BYTES)
+            print_weights(console, results[part])
+        elif part in ("vllm", "sleeping"):
+            from benchmarks import loop_speed
+
+            measured = (
+                loop_speed.real_engine(options.steps)
+                if part == "vllm"
+                else loop_speed.sleeping_engine(options.steps, FAKE_TOKEN_S)
+            )
+            results[part] = measured
+            print_loop(console, part, measured)
+        else:
+            parser.error(f"--only: found {part!r}, allowed: weights, sleeping, vllm")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{results['machine']['date']}-{results['machine']['commit'] or 'uncommitted'}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    console.print(f"stored in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+if __name__ == "__main__":
+    main()

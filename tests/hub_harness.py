@@ -1,0 +1,64 @@
+"""A bare hub in a thread, for tests of what is connected to it; and small versions of weights. Not a test itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from protocol import codec
+from protocol.messages import Message
+from protocol.sockets import Hub
+from protocol.weights import Snapshot, layout, make_snapshot
+
+DEADLINE_S = 20.0
+
+
+def snapshot(version: int, size: int = 1000) -> Snapshot:
+    data = bytes((version + i) % 251 for i in range(size))
+    return make_snapshot(version, version, layout([("w", "uint8", (size,))]), memoryview(data))
+
+
+class RunningHub:
+    """A hub polled by a thread. `run` calls a function in that thread, as only it may touch the sockets."""
+
+    def __init__(self, port: int = 0, limits: codec.Limits | None = None, answer: Callable[..., Any] | None = None):
+        self.hub = Hub("127.0.0.1", port, limits or codec.Limits())
+        self.received: list[tuple[bytes, Message]] = []
+        self._answer = answer or (lambda hub, peer, message: None)
+        self._calls: list[Callable[[], None]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def _serve(self) -> None:
+        while not self._stop.is_set():
+            for peer, message in self.hub.poll(0.5):
+                self._answer(self.hub, peer, message)
+                self.received.append((peer, message))
+            while self._calls:
+                self._calls.pop(0)()
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        done, result = threading.Event(), []
+        self._calls.append(lambda: (result.append(function()), done.set())[0])
+        self.hub.wake()
+        assert done.wait(DEADLINE_S)
+        return result[0]
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline, f"received {self.received}, faults {self.hub.faults.counts}"
+            time.sleep(0.005)
+
+    def __enter__(self) -> RunningHub:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self.hub.wake()
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive()
+        self.hub.close()
