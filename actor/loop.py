@@ -420,7 +420,9 @@ class ActorLoop:
                 async with asyncio.timeout(LOAD_TIMEOUT_S):
                     self.pause_s = await self.engine.load(manifest, staged.path)
             except TimeoutError:
-                raise EngineFailed(f"loading version {manifest.version} took more than {LOAD_TIMEOUT_S:.0f} s") from None
+                raise EngineFailed(
+                    f"loading version {manifest.version} took more than {LOAD_TIMEOUT_S:.0f} s"
+                ) from None
         self.staging.keep_only(staged)
         self.fetch_s = staged.seconds
         self.swaps += 1

@@ -175,7 +175,8 @@ def _run(recipe: Recipe, run: RunDir, ray_address: str) -> None:
         print_report(run, console)
         console.print(f"finished in {(time.monotonic() - began) / 60:.1f} minutes")
     elif code == 3:
-        console.print(f"stopped after step {status.get('step', 0)}. Go on with:\n  tandem train --resume {run.path}")
+        text = f"stopped after step {status.get('step', 0)}. Go on with:\n  tandem train --resume {run.path}"
+        console.print(text, soft_wrap=True, highlight=False)
     else:
         errors.print(f"[red]the run failed:[/] {status.get('error', f'the learner ended with {code}')}", soft_wrap=True)
         errors.print(f"logs: {run.logs}", soft_wrap=True)

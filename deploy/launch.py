@@ -130,7 +130,9 @@ class LearnerProcess:
     def __init__(self, run: RunDir, model: Path, gpus: list[str]) -> None:
         """`gpus`: names for CUDA_VISIBLE_DEVICES; empty: the environment stays as it is."""
         self.run, self.model = run, model
-        self.environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+        # On a CPU the learner shares its cores with engines: threads that wait asleep leave them the core.
+        shares = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {"OMP_WAIT_POLICY": "PASSIVE"}
+        self.environment = os.environ | shares
         self.restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -147,7 +147,7 @@ def _figures(status: dict[str, Any]) -> RenderableType:
 
     table = Table.grid(padding=(0, 2))
     table.add_row("reward", figure("reward_mean", "{:.3f}"), sparkline(status.get("curve", [])))
-    table.add_row("rollout", figure("rollout_tokens_per_s", "{:.0f} tok/s"), f"{status.get('actors', 0)} actors")
+    table.add_row("rollout", figure("rollout_tokens_per_s", "{:.0f} tok/s"), f"{len(status.get('actors', {}))} actors")
     table.add_row(
         "learner",
         figure("learner_tokens_per_s", "{:.0f} tok/s"),

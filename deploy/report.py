@@ -34,7 +34,7 @@ def print_report(run: RunDir, console: Console) -> None:
             console.print(_samples(run, name, recipe.eval.examples_shown))
     console.print(_throughput(summary))
     if draw_curve(run, evals):
-        console.print(f"reward curve  {run.curve}")
+        console.print(f"{'reward curve':<13} {_short(run.curve)}", highlight=False, soft_wrap=True)
     _print_files(run, console)
 
 
@@ -149,7 +149,7 @@ def _print_files(run: RunDir, console: Console) -> None:
         ("logs", run.logs),
     ):
         if path.exists():
-            console.print(f"{what:<13} {_short(path)}", highlight=False)
+            console.print(f"{what:<13} {_short(path)}", highlight=False, soft_wrap=True)
 
 
 def _short(path: Path) -> str:

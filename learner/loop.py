@@ -26,7 +26,7 @@ from learner.intake.server import IntakeServer
 from learner.intake.source import Interrupted, Source
 from learner.methods import grpo, sft
 from learner.metrics import MetricsLog, Status
-from learner.model import load_model
+from learner.model import load_model, share_cores
 from learner.optim import Optimizer
 from learner.publish import Publisher, Versions
 from learner.step import sft_step, train_step
@@ -241,6 +241,8 @@ class Learner:
     def _training(self) -> None:
         self.source.wait_for_actor(1, self.recipe.actor.start_timeout_s)
         self.source.resume_training()
+        on_engine_host = self.model.device.type == "cpu" and self.recipe.rollout.max_lag > 0
+        share_cores(self.recipe.learner, shared=on_engine_host)
         self.status.set("training", step=self.state["step"])
         recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
         began, at_start = time.monotonic(), self.state["rollout_s"]
@@ -304,7 +306,7 @@ class Learner:
             **shown,
             step=step,
             left_s=left_s,
-            actors=len(self.server.peers),
+            actors={peer.name: peer.hello.pid for peer in self.server.peers.values()},
             curve=self.state["rewards"][-40:],
         )
         log.info(

@@ -139,7 +139,7 @@ class LearnerConfig(Section):
     microbatch_tokens: Positive = 2048
     """Budget of packed tokens (padding included) of one forward and backward pass."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of the mathematics; 0: all cores."""
+    """CPU threads of the mathematics; 0: all cores, half of them while engines generate beside it."""
     gradient_checkpointing: bool = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import Any
 
@@ -24,7 +25,12 @@ counts = st.integers(0, 2**50)
 versions = st.integers(0, 2**40)
 specs = st.lists(
     st.builds(
-        m.TensorSpec, text, st.sampled_from(["bfloat16", "int32"]), st.lists(counts, max_size=3).map(tuple), counts, text
+        m.TensorSpec,
+        text,
+        st.sampled_from(["bfloat16", "int32"]),
+        st.lists(counts, max_size=3).map(tuple),
+        counts,
+        text,
     ),
     max_size=3,
 ).map(tuple)
@@ -45,7 +51,8 @@ def groups(draw: st.DrawFn) -> m.Group:
     return m.Group(
         draw(ids), draw(st.sampled_from(["train", "eval"])), draw(counts), draw(text), draw(tokens), draw(seconds),
         tuple(completions), draw(seconds), draw(seconds),
-        rng.integers(0, 1000, total, dtype="<i4").tobytes(), rng.normal(size=total).astype("<f4").tobytes(), b"\1" * total,
+        rng.integers(0, 1000, total, dtype="<i4").tobytes(), rng.normal(size=total).astype("<f4").tobytes(),
+        b"\1" * total,
     )  # fmt: skip
 
 
@@ -68,7 +75,8 @@ FROM_LEARNER = st.one_of(
     st.just(m.Rehello()),
     st.builds(m.Refused, text),
     st.builds(
-        m.Ticket, ids, st.sampled_from(["train", "eval"]), counts, tokens, text, text, counts, samplings, counts, versions
+        m.Ticket, ids, st.sampled_from(["train", "eval"]), counts, tokens, text, text, counts, samplings,
+        counts, versions,
     ),
     st.builds(m.Ack, id_lists),
     st.builds(m.Beat, versions),
@@ -109,10 +117,8 @@ def test_codec_truncated_or_corrupted_frames_raise_wire_errors_only(message: Any
         del frames[victim]
     else:
         frames.append(bytearray(data.draw(st.binary(max_size=4))))
-    try:
+    with contextlib.suppress(WireError):  # a flip inside a number may also go through, and is then a valid message
         codec.decode_from_actor([bytes(frame) for frame in frames])
-    except WireError:
-        pass  # refused, as it should be; a flip inside a number may also go through, and is then a valid message
 
 
 @given(st.lists(st.binary(max_size=60), max_size=4))
@@ -207,7 +213,7 @@ GOLDEN: list[tuple[Any, str]] = [
     (m.Beat(4), "1352995211dfae45"),
     (m.Cancel((m.TicketId(0, 1),)), "22aa40636b220953"),
     (m.Drain("over"), "89408fa23fce027f"),
-    (m.Manifest(1, 0, (m.TensorSpec("w", "bfloat16", (2, 3), 0, "d"),), 12, "digest", sent_bytes=12), "b25cee7cf88f5923"),
+    (m.Manifest(1, 0, (m.TensorSpec("w", "bfloat16", (2, 3), 0, "d"),), 12, "", sent_bytes=12), "7b327d70e6a670af"),
     (m.Chunk(3, 8, b"abc"), "1841cd5b5aad2cad"),
     (m.Gone(1, 2), "5098f93f4df646ec"),
 ]  # fmt: skip

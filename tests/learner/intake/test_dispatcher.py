@@ -1,4 +1,4 @@
-"""The dispatcher under random schedules: every ticket in exactly one state, none lost, none trained twice, lag bounded."""
+"""The dispatcher under random schedules: every ticket in one state, none lost, none trained twice, lag bounded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def make_dispatcher(*, groups_per_step: int = 2, max_lag: int = 1, steps: int = 
 def make_group(ticket: Ticket, version: int = 1) -> Group:
     completion = Completion(1, ((version, 0),), "stop", {"reward": 1.0})
     return Group(
-        id=ticket.id, kind=ticket.kind, attempt=ticket.attempt, actor="a", prompt_ids=ticket.prompt_ids, temperature=1.0,
+        id=ticket.id, kind=ticket.kind, attempt=ticket.attempt, actor="a", prompt_ids=ticket.prompt_ids,
+        temperature=1.0,
         completions=(completion,), token_ids=b"\0\0\0\0", logprobs=b"\0\0\0\0", mask=b"\1",
     )  # fmt: skip
 

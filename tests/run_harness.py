@@ -1,0 +1,96 @@
+"""Runs `tandem` commands as a user would, in their own process, and tells what they left behind. Not a test itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from protocol.rundir import RunDir, read_json
+
+TANDEM = [sys.executable, "-m", "deploy.cli"]
+
+
+class Command:
+    """A running `tandem …`. As a context manager it is interrupted, then killed, if it has not ended by itself."""
+
+    def __init__(self, arguments: list[str], log: Path, **environment: str) -> None:
+        self.log = log
+        self.processes: dict[int, psutil.Process] = {}
+        """Every process seen below the command so far: they must all end with it."""
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*TANDEM, *arguments], stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
+            )
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum in (signal.SIGINT, signal.SIGKILL):
+            if self.process.poll() is None:
+                self.process.send_signal(signum)
+                try:
+                    self.process.wait(timeout=90)
+                except subprocess.TimeoutExpired:
+                    continue
+        for process in self.left_running():
+            process.kill()
+
+    def look(self) -> None:
+        """Remember the processes that exist now."""
+        try:
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                self.processes.setdefault(process.pid, process)
+        except psutil.NoSuchProcess:
+            pass
+
+    def until(self, condition: Callable[[], Any], what: str, timeout_s: float) -> Any:
+        """Wait for a condition; fails with the command's output if it ends first, or takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while not (result := condition()):
+            self.look()
+            assert self.process.poll() is None, f"ended with {self.process.returncode} before {what}:\n{self.output()}"
+            assert time.monotonic() < deadline, f"no {what} within {timeout_s:.0f} s:\n{self.output()}"
+            time.sleep(0.1)
+        return result
+
+    def wait(self, timeout_s: float) -> int:
+        """Exit code of the command."""
+        deadline = time.monotonic() + timeout_s
+        while self.process.poll() is None:
+            self.look()
+            assert time.monotonic() < deadline, f"still running after {timeout_s:.0f} s:\n{self.output()}"
+            time.sleep(0.1)
+        return self.process.returncode
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def left_running(self, patience_s: float = 10.0) -> list[psutil.Process]:
+        """Processes of the command that live on after it."""
+        _, alive = psutil.wait_procs(list(self.processes.values()), timeout=patience_s)
+        return [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def left_behind(run: RunDir, launcher_pid: int) -> list[Path]:
+    """Staged weights of the run, and temporary Ray directories of its launcher."""
+    staged = list(Path("/dev/shm").glob(f"tandem-{run.path.name}-*"))
+    rays = [
+        directory
+        for directory in Path(tempfile.gettempdir()).glob("tandem-ray-*")
+        if (owner := directory / "owner.pid").is_file() and owner.read_text() == str(launcher_pid)
+    ]
+    return staged + rays
+
+
+def status(run: RunDir) -> dict[str, Any]:
+    return read_json(run.status) or {}

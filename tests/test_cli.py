@@ -1,0 +1,184 @@
+"""The commands as a user meets them, with the fake engine: help, refusals, Ctrl-C, resume, kills, and by hand."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from learner.intake.journal import read_steps
+from protocol.rundir import RunDir, read_json, read_jsonl
+from tests.run_harness import TANDEM, Command, left_behind, status
+from tests.tiny_model import make_tiny_model
+
+RECIPE = """
+name = "cli"
+steps = 400
+[model]
+path = "MODEL"
+dtype = "float32"
+max_model_len = 128
+[task]
+max_operand = 5
+[rollout]
+groups_per_step = 2
+group_size = 2
+max_tokens = 8
+[eval]
+prompts = 2
+samples = 2
+[checkpoint]
+every_steps = 5
+[actor]
+engine = "fake"
+fake_token_s = 0.01
+max_running = 8
+[wire]
+heartbeat_s = 0.2
+dead_after_s = 10.0
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cli")
+    path = directory / "recipe.toml"
+    path.write_text(RECIPE.replace("MODEL", str(make_tiny_model(directory / "tiny"))))
+    return path
+
+
+def tandem(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*TANDEM, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+def reached(run: RunDir, step: int) -> Callable[[], bool]:
+    return lambda: status(run).get("step", 0) >= step
+
+
+def assert_trained_once_each(run: RunDir, steps: int) -> None:
+    """The last word of the journal on every step: its tickets, in order, none twice and none left out."""
+    last = {step["step"]: [index for _, index in step["ids"]] for step in read_steps(run.journal)}
+    assert sorted(last) == list(range(1, steps + 1))
+    assert [index for step in sorted(last) for index in last[step]] == list(range(2 * steps))
+    tickets = read_json(run.summary)["tickets"]
+    assert tickets["issued"] == tickets["trained"] == 2 * steps
+
+
+def test_help_loads_nothing_heavy() -> None:
+    check = (
+        "import sys, deploy.cli; from typer.testing import CliRunner;"
+        "result = CliRunner().invoke(deploy.cli.app, ['--help']); assert 'demo' in result.output;"
+        "sys.exit(str({'torch', 'ray', 'vllm', 'transformers', 'zmq', 'pydantic'} & set(sys.modules) or ''))"
+    )
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=False)
+    assert result.stderr.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("rollout.group_sise=4", "rollout.group_sise: unknown key; allowed here: "),
+        ('steps="many"', "steps: found 'many'"),
+        ("rollout.group_size=1", "rollout.group_size: found 1, allowed: at least 2"),
+        ("rollout.max_tokens=128", "rollout.max_tokens: found 128, allowed: less than model.max_model_len"),
+        ("model.max_model_len=100000", "model.max_model_len: found 100000, allowed: at most 512"),
+        ('model.path="/nowhere/model"', "model.path: "),
+        ('task.name="jsonl"', "task.train: found"),
+        ('learner.device="cuda"', "learner.device: found"),
+        ('wire.host="0.0.0.0"', "wire.host: found '0.0.0.0', allowed: a loopback address"),
+    ],
+)
+def test_train_refuses_a_wrong_recipe_before_anything_starts(
+    recipe: Path, tmp_path: Path, override: str, complaint: str
+) -> None:
+    result = tandem("train", str(recipe), "--runs", str(tmp_path), "--set", override)
+    assert result.returncode == 2
+    assert complaint in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("*/logs/*")), "nothing was started"
+
+
+def test_train_refuses_a_missing_dataset_file(recipe: Path, tmp_path: Path) -> None:
+    arguments = ["--set", 'task.name="jsonl"', "--set", f'task.train="{tmp_path}/none.jsonl"']
+    result = tandem("train", str(recipe), "--runs", str(tmp_path / "runs"), *arguments)
+    assert result.returncode == 2
+    assert "task.train: found" in result.stderr
+    assert "allowed: an existing JSONL file" in result.stderr.replace("\n", " ")
+
+
+def test_train_refuses_a_port_in_use(recipe: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = tandem("train", str(recipe), "--runs", str(tmp_path), "--set", f"wire.port={port}")
+    assert result.returncode == 2
+    assert f"wire.port: found {port}, which cannot be bound" in result.stderr.replace("\n", " ")
+
+
+def test_resume_refuses_what_may_not_change(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.toml").write_text(recipe.read_text())
+    result = tandem("train", "--resume", str(run), "--set", "rollout.group_size=4")
+    assert result.returncode == 2
+    assert "rollout.group_size: the run has 2, found 4" in result.stderr.replace("\n", " ")
+    assert "It may change: steps" in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.timeout(400)
+def test_ctrl_c_checkpoints_and_resume_completes_the_run(recipe: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "cli")
+    with Command(["train", str(recipe), "--runs", str(run.path.parent)], tmp_path / "first.log") as first:
+        first.until(reached(run, 3), "third step", 120)
+        first.process.send_signal(signal.SIGINT)
+        assert first.wait(60) == 3, first.output()
+        assert f"tandem train --resume {run.path}" in first.output()
+        assert first.left_running() == []
+        assert left_behind(run, first.process.pid) == []
+    stopped_at = read_json(run.summary)["steps"]
+    assert stopped_at >= 3
+
+    steps = stopped_at + 7
+    with Command(["train", "--resume", str(run.path), "--set", f"steps={steps}"], tmp_path / "second.log") as second:
+        assert second.wait(120) == 0, second.output()
+        assert second.left_running() == []
+        assert left_behind(run, second.process.pid) == []
+    assert_trained_once_each(run, steps)
+    assert [row["step"] for row in read_jsonl(run.metrics)] == list(range(1, steps + 1))
+    versions = [row["version"] for row in read_jsonl(run.versions)]
+    assert versions == list(range(1, len(versions) + 1)), "numbers only grow, also across the resume"
+    assert (run.model / "model.safetensors").exists()
+
+
+@pytest.mark.timeout(400)
+def test_killed_learner_is_restarted_and_replays_its_journal(recipe: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "cli")
+    arguments = ["train", str(recipe), "--runs", str(run.path.parent), "--set", "steps=25"]
+    with Command(arguments, tmp_path / "log") as command:
+        command.until(reached(run, 8), "eighth step", 120)
+        learners = [p for p in psutil.Process(command.process.pid).children() if "learner" in p.cmdline()]
+        assert len(learners) == 1
+        learners[0].kill()
+        assert command.wait(200) == 0, command.output()
+        assert "restarting it from its last checkpoint" in command.output()
+        assert command.left_running() == []
+    assert_trained_once_each(run, 25)
+    assert "come from the journal" in (run.logs / "learner.log").read_text()
+
+
+@pytest.mark.timeout(300)
+def test_both_sides_by_hand(recipe: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "cli")
+    learner = ["learner", str(recipe), "--runs", str(run.path.parent), "--set", "steps=3"]
+    with Command(learner, tmp_path / "learner.log") as left:
+        left.until(run.endpoint.exists, "endpoint", 120)
+        with Command(["actor", str(run.endpoint)], tmp_path / "actor.log") as right:
+            assert left.wait(120) == 0, left.output()
+            assert right.wait(60) == 0, right.output()
+        assert "tandem actor" in left.output()
+    assert_trained_once_each(run, 3)
