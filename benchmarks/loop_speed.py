@@ -6,6 +6,7 @@ engine that sleeps instead of computing.
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -16,8 +17,12 @@ from typing import Any
 from protocol.rundir import RunDir, read_json, read_jsonl
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.toml"
-WORKLOAD = ("eval.prompts=0", "warm_start.examples=32", "warm_start.epochs=1", "grpo.skip_zero_advantage=false")
+WORKLOAD = ("eval.prompts=0", "grpo.skip_zero_advantage=false")
 """Every completion is trained on, so that both runs do the same work whatever they earn."""
+WARM = ("warm_start.examples=32", "warm_start.epochs=1")
+"""A model that earns a reward now and then: a batch without any would leave the learner nothing to do."""
+ASLEEP = ("warm_start.examples=0", 'task.grader="exact"', "task.max_operand=4", "rollout.max_tokens=1")
+"""The sleeping engine answers with one random digit, which is right one time in ten."""
 SKIPPED_STEPS = 1
 """The first step fills the pipeline."""
 RUN_LIMIT_S = 1200
@@ -64,9 +69,10 @@ def compare(kind: str, steps: int, *overrides: str) -> dict[str, Any]:
 
 def real_engine(steps: int) -> dict[str, Any]:
     """vLLM and the learner on the same cores."""
-    return compare("vllm", steps)
+    return compare("vllm", steps, *WARM)
 
 
 def sleeping_engine(steps: int, token_s: float) -> dict[str, Any]:
     """An engine that sleeps `token_s` a token beside the real learner: all that overlap can give."""
-    return compare("sleeping", steps, 'actor.engine="fake"', f"actor.fake_token_s={token_s}")
+    threads = f"learner.threads={os.cpu_count()}"  # the engine leaves it all cores, overlapped or not
+    return compare("sleeping", steps, *ASLEEP, threads, 'actor.engine="fake"', f"actor.fake_token_s={token_s}")

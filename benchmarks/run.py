@@ -20,7 +20,7 @@ from rich.table import Table
 RESULTS = Path(__file__).resolve().parent / "results"
 DENSE_BYTES = 269_030_016
 """bfloat16 weights of SmolLM2-135M, tied tensors once."""
-FAKE_TOKEN_S = 0.35
+FAKE_TOKEN_S = 3.0
 """Makes the sleeping engine's rollouts about as long as the learner's step here."""
 
 

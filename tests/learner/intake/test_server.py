@@ -14,7 +14,7 @@ import pytest
 from actor.fake_engine import EOS, FakeEngine, completion_length, draw
 from actor.rollout import completion_seed
 from learner.intake.journal import read_groups, read_steps
-from learner.intake.server import FATAL_FAILURES
+from learner.intake.server import FATAL_FAILURES, unlike
 from learner.intake.source import Interrupted
 from protocol.errors import DeadlineExceeded, EngineFailed
 from protocol.messages import (
@@ -28,6 +28,7 @@ from protocol.messages import (
     ManifestRequest,
     Refused,
     Rehello,
+    Sampling,
     Ticket,
     TicketId,
     Welcome,
@@ -647,3 +648,23 @@ def test_actor_says_hello_once_for_many_frames_that_a_restarted_learner_does_not
             batches = train(second, 2)
             assert indices(batches) == list(range(8))
             assert 1 <= len(hellos) <= 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, ""),
+        ({"prompt_ids": (9,)}, "another prompt"),
+        ({"temperature": 0.7}, "temperature 0.7, expected 1.0"),
+        ({"completions": ()}, "0 completions, expected 2"),
+    ],
+)
+def test_unlike_names_what_in_a_group_does_not_answer_its_ticket(changes: dict[str, Any], fault: str) -> None:
+    ticket = make_ticket(3)
+    assert unlike(msgspec.structs.replace(group_of(ticket), **changes), ticket) == fault
+
+
+def test_unlike_refuses_completions_longer_than_the_ticket_allows() -> None:
+    ticket = make_ticket(3)
+    shorter = msgspec.structs.replace(ticket, sampling=Sampling(max_tokens=0))
+    assert "expected at most 0" in unlike(group_of(ticket), shorter)
