@@ -269,6 +269,7 @@ def rollout_actors(recipe: Recipe, run: RunDir) -> Iterator[list[Any]]:
 
 
 def remove_staged(run: RunDir) -> None:
-    """Remove what killed actors of this run left in shared memory."""
-    for directory in Path("/dev/shm").glob(f"tandem-{run.path.name}-actor-*"):
-        shutil.rmtree(directory, ignore_errors=True)
+    """Remove what killed actors of this run left in shared memory, or where they staged for want of room there."""
+    for place in ("/dev/shm", tempfile.gettempdir()):
+        for directory in Path(place).glob(f"tandem-{run.path.name}-actor-*"):
+            shutil.rmtree(directory, ignore_errors=True)

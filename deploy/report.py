@@ -127,6 +127,7 @@ def draw_curve(run: RunDir, evals: dict[str, Any]) -> bool:
             label=f"held out, {EVAL_NAMES[name]}: {result['reward']:.2f}",
         )  # fmt: skip
     axes.set(xlabel="step", ylabel="mean reward", ylim=(-0.02, 1.02), title=f"reward of run {run.path.name}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
     figure.savefig(run.curve)

@@ -162,11 +162,14 @@ class Dispatcher:
         lease = ledger.leased.get(ticket_id)
         return lease.ticket if lease else next((ticket for ticket in ledger.waiting if ticket.id == ticket_id), None)
 
-    def give_back(self, ticket_id: TicketId, actor: str, why: str) -> None:
-        """A lease is lost: the ticket is issued again, or failed after `max_attempts`."""
+    def give_back(self, ticket_id: TicketId, actor: str, why: str, attempt: int = 0) -> None:
+        """A lease is lost: the ticket is issued again, or failed after `max_attempts`.
+
+        `attempt`: only if the lease is of that attempt (a word on an earlier one comes too late); 0: in any case.
+        """
         ledger = self._ledger(ticket_id)
         lease = ledger.leased.get(ticket_id)
-        if lease is not None and lease.actor == actor:
+        if lease is not None and lease.actor == actor and attempt in (0, lease.ticket.attempt):
             self.reissued += ledger.give_back(ticket_id, self.max_attempts, why)
         self.check()
 

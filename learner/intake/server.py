@@ -188,7 +188,7 @@ class IntakeServer(threading.Thread):
             self._group(peer, message)
         elif isinstance(message, Failed):
             log.warning("%s could not complete ticket %s: %s", peer.name, message.id, message.error)
-            self.dispatcher.give_back(message.id, peer.name, message.error)
+            self.dispatcher.give_back(message.id, peer.name, message.error, message.attempt)
         elif isinstance(message, Goodbye):
             self._goodbye(peer, message)
         else:

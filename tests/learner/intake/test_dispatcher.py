@@ -95,6 +95,17 @@ def test_lost_lease_is_issued_again_first_and_fails_after_max_attempts() -> None
     assert [ticket.id.index for ticket in issue_all(dispatcher, "b")] == [4], "a failed ticket is replaced"
 
 
+def test_failure_of_an_earlier_attempt_leaves_the_new_lease_alone() -> None:
+    dispatcher = make_dispatcher(groups_per_step=1, max_lag=0)
+    (first,) = issue_all(dispatcher, "a")
+    dispatcher.give_back(first.id, "a", "straggled")
+    (second,) = issue_all(dispatcher, "a")
+    dispatcher.give_back(first.id, "a", "late word", attempt=first.attempt)
+    assert dispatcher.leases_of("a") == [second.id]
+    dispatcher.give_back(second.id, "a", "really", attempt=second.attempt)
+    assert dispatcher.leases_of("a") == []
+
+
 def test_two_beats_without_a_lease_issue_it_again_one_does_not() -> None:
     dispatcher = make_dispatcher(groups_per_step=1, max_lag=0)
     (ticket,) = issue_all(dispatcher)
