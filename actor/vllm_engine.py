@@ -15,10 +15,11 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from actor.engine import Generated
 from actor.staging import OWNER_FILE
@@ -29,7 +30,10 @@ from protocol.messages import Manifest, Sampling, Welcome
 SHUTDOWN_GRACE_S = 2.0
 """vLLM kills what has not ended by then; its processes hold nothing worth more patience."""
 STOP_TIMEOUT_S = 20.0
+WATCH_S = 1.0
 GIB = 1 << 30
+
+T = TypeVar("T")
 CPU_BLOCK_TOKENS = 32
 BATCHED_TOKENS = 2048
 """Tokens that the CPU engine takes through the model at once; a prompt has to fit as a whole."""
@@ -72,6 +76,7 @@ class VLLMEngine:
         self._errors = Path()
         self._errors_seen = 0
         self._foreign: set[int] = set()
+        self._death: asyncio.Task[None] | None = None
         # vLLM's processes are killed by the kernel when the thread that started them ends (`vllm_children`): this
         # one lives until `stop`.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
@@ -84,15 +89,15 @@ class VLLMEngine:
         self._kv = welcome.kv
         self._foreign = engine_cores()
         self._errors = Path(tempfile.mkdtemp(prefix="tandem-engine-")) / "errors.jsonl"
-        (self._errors.parent / OWNER_FILE).write_text(
-            str(os.getpid())
-        )  # tells `tandem doctor --clean` what is left over
+        owner = self._errors.parent / OWNER_FILE  # tells `tandem doctor --clean` what is left over
+        owner.write_text(str(os.getpid()))
         try:
             self._llm = await self._in_thread(self._build, welcome)
         except Exception as error:
             cause = self._cause(error)
             await self.stop()
             raise EngineFailed(cause) from error
+        self._death = asyncio.create_task(self._watch())
 
     def _build(self, welcome: Welcome) -> Any:
         settings = EngineSettings.of(welcome)
@@ -117,17 +122,46 @@ class VLLMEngine:
             )
         )
 
+    async def _watch(self) -> None:
+        """Ends, and condemns the engine, when its core dies: vLLM leaves requests in flight waiting for ever then."""
+        pids = engine_cores() - self._foreign
+        cores = [child for child in multiprocessing.active_children() if child.pid in pids]
+        while all(core.is_alive() for core in cores):  # noqa: ASYNC110 - of a process there is no event
+            await asyncio.sleep(WATCH_S)
+        codes = ", ".join(str(core.exitcode) for core in cores if not core.is_alive())
+        died = f"vLLM's EngineCore process died (exit code {codes})"
+        self._condemn(recorded_cause(self._errors) or died)
+
+    async def _unless_dead(self, work: Coroutine[Any, Any, T]) -> T:
+        """Result of `work`; EngineFailed if the engine core dies first. Cancelled, it cancels the work."""
+        assert self._death is not None, "start comes first"
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task, self._death}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise EngineFailed(self._condemned)
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task}, timeout=WATCH_S)
+
     async def generate(
         self, request_id: str, prompt_ids: tuple[int, ...], sampling: Sampling, seed: int, cache_salt: str
     ) -> Generated:
         """Raises EngineFailed when the engine died, ValueError when it refuses the request (a prompt too long)."""
+        self._check_serving()
+        return await self._unless_dead(self._generate(request_id, prompt_ids, sampling, seed, cache_salt))
+
+    async def _generate(
+        self, request_id: str, prompt_ids: tuple[int, ...], sampling: Sampling, seed: int, cache_salt: str
+    ) -> Generated:
         from vllm import SamplingParams
         from vllm.exceptions import VLLMClientError
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        self._check_serving()
         parameters = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -154,9 +188,12 @@ class VLLMEngine:
         return to_generated(request_id, output.outputs[0])
 
     async def load(self, manifest: Manifest, staged: Path) -> float:
+        self._check_alive()
+        return await self._unless_dead(self._load(manifest, staged))
+
+    async def _load(self, manifest: Manifest, staged: Path) -> float:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        self._check_alive()
         update = WeightTransferUpdateRequest(update_info={"path": str(staged)})
         began = time.perf_counter()
         self._errors_seen = self._errors.stat().st_size if self._errors.exists() else 0
@@ -176,6 +213,8 @@ class VLLMEngine:
         return time.perf_counter() - began
 
     async def stop(self) -> None:
+        if self._death is not None:
+            self._death.cancel()
         llm, self._llm = self._llm, None
         self._condemned = self._condemned or "the engine was stopped"
         await self._in_thread(end_processes, llm, self._foreign)

@@ -42,7 +42,7 @@ os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
-    llm = LLM(model=sys.argv[1], max_model_len=128, enforce_eager=True, logprobs_mode="raw_logprobs")
+    llm = LLM(model=sys.argv[1], dtype="float32", max_model_len=128, enforce_eager=True)
     sampling = SamplingParams(max_tokens=12, logprobs=0, seed=1)
     (output,) = llm.generate(TokensPrompt(prompt_token_ids=[5, 6, 7, 8]), sampling)
     tokens = list(output.outputs[0].token_ids)
@@ -68,7 +68,7 @@ def test_exported_model_loads_in_vllm_with_the_learners_weights(tmp_path: Path) 
         [sys.executable, str(script), str(exported)], capture_output=True, text=True, timeout=300, check=False
     )
     assert plain.returncode == 0, plain.stderr[-3000:]
-    drawn = json.loads(plain.stdout.strip().splitlines()[-1])
+    drawn = json.loads(next(line for line in plain.stdout.splitlines() if line.startswith("{")))  # vLLM logs there, too
     tokens = torch.tensor([[5, 6, 7, 8, *drawn["tokens"]]])
     with torch.no_grad():
         logits = model.network(input_ids=tokens).logits[0, 3:-1].float()
