@@ -42,13 +42,15 @@ def machine() -> dict[str, Any]:
 
 
 def print_loop(console: Console, title: str, result: dict[str, Any]) -> None:
-    table = Table("run", "s a step", "training", "waiting", "end to end", "rollout", "learner", "lag", title=title)
+    columns = ("run", "s/step", "train s", "wait s", "end to end", "rollout", "learner", "lag")
+    table = Table(*columns, title=f"{title} engine; completion tokens/s")
     for row in result["runs"]:
+        name = row["name"].removeprefix(f"{title}-")
+        figures = (row["step_s"], row["train_s"], row["wait_s"])
+        rates = (row["end_to_end_tokens_per_s"], row["rollout_tokens_per_s"], row["learner_tokens_per_s"])
         table.add_row(
-            row["name"], f"{row['step_s']:.1f}", f"{row['train_s']:.1f} s", f"{row['wait_s']:.1f} s",
-            f"{row['end_to_end_tokens_per_s']:.0f} tok/s", f"{row['rollout_tokens_per_s']:.0f} tok/s",
-            f"{row['learner_tokens_per_s']:.0f} tok/s", f"{row['lag_mean']:.2f}",
-        )  # fmt: skip
+            name, *(f"{value:.1f}" for value in figures), *(f"{rate:.0f}" for rate in rates), f"{row['lag_mean']:.2f}"
+        )
     console.print(table)
     console.print(f"overlapped / synchronous, end-to-end tokens/s: {result['overlap_speedup']:.2f}")
 
@@ -66,7 +68,7 @@ def print_weights(console: Console, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="weights,sleeping,vllm", help="parts to measure")
-    parser.add_argument("--steps", type=int, default=6, help="steps of each training run")
+    parser.add_argument("--steps", type=int, default=5, help="steps of each training run")
     options = parser.parse_args()
     console = Console()
     results: dict[str, Any] = {"machine": machine()}

@@ -8,7 +8,7 @@ Tandem and stays readable for a Python too old to go on with (it says so). Knows
 
 TANDEM_TORCH_INDEX   index to take torch (and only torch) from, such as PyTorch's own index of CPU builds
 TANDEM_EXTRA         cpu (default) or gpu, as --variant
-pip's own configuration and environment (PIP_INDEX_URL, PIP_FIND_LINKS, proxies, certificates) apply as usual.
+pip's own configuration and environment (PIP_INDEX_URL, proxies, certificates) apply as usual.
 """
 
 from __future__ import annotations
