@@ -68,8 +68,7 @@ class EngineGate:
         self._open = asyncio.Event()
         self._open.set()
         self.running = 0
-        self.busy_s = 0.0
-        self._busy_since = 0.0
+        self._busy_s = self._busy_since = 0.0
 
     async def __aenter__(self) -> None:
         await self._slots.acquire()
@@ -86,8 +85,13 @@ class EngineGate:
     async def __aexit__(self, *exception: object) -> None:
         self.running -= 1
         if self.running == 0:
-            self.busy_s += time.monotonic() - self._busy_since
+            self._busy_s += time.monotonic() - self._busy_since
         self._slots.release()
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds with at least one request in the engine."""
+        return self._busy_s + (time.monotonic() - self._busy_since if self.running else 0.0)
 
     @contextlib.contextmanager
     def swapping(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -40,7 +41,7 @@ class Staging:
 
     def __init__(self, run: str, actor: str, incarnation: str, root: Path | None = None) -> None:
         self.root = root or SHARED_MEMORY
-        self.name = f"tandem-{run}-{actor}-{incarnation}"
+        self.name = re.sub(r"[^\w.-]", "_", f"tandem-{run}-{actor}-{incarnation}")  # names come over the wire
         self.directory: Path | None = None
 
     def _place(self, needed_bytes: int) -> Path:
@@ -48,7 +49,8 @@ class Staging:
         if self.directory is None:
             roomy = self.root.is_dir() and shutil.disk_usage(self.root).free > 2 * needed_bytes
             self.directory = (self.root if roomy else Path(tempfile.gettempdir())) / self.name
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not self.directory.is_dir():  # also when somebody cleaned up around us
+            self.directory.mkdir(mode=0o700, parents=True)
             (self.directory / OWNER_FILE).write_text(str(os.getpid()))
         return self.directory
 

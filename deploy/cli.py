@@ -17,6 +17,8 @@ from rich.console import Console
 from protocol.errors import RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from protocol.config import Recipe
     from protocol.rundir import RunDir
 
@@ -54,7 +56,7 @@ def demo(
     from protocol.config import load_recipe
 
     recipe = load_recipe(DEMO_RECIPE, (*(overrides or ()), f"seed={seed}"))
-    _run(recipe, _new_run(recipe, runs), ray_address)
+    _run(recipe, lambda: _new_run(recipe, runs), ray_address)
 
 
 @app.command()
@@ -71,14 +73,14 @@ def train(
         raise RecipeError("train: expected a RECIPE, or --resume RUN, and not both")
     if resume is not None:
         recipe, run = _resumed(resume, tuple(overrides or ()))
+        _run(recipe, lambda: run, ray_address)
     else:
         from protocol.config import load_recipe
 
         assert recipe_path is not None
         given = (f'name="{name}"',) if name else ()
         recipe = load_recipe(recipe_path, (*(overrides or ()), *given))
-        run = _new_run(recipe, runs)
-    _run(recipe, run, ray_address)
+        _run(recipe, lambda: _new_run(recipe, runs), ray_address)
 
 
 @app.command()
@@ -93,8 +95,8 @@ def learner(
     from protocol.config import load_recipe
 
     recipe = load_recipe(recipe_path, (*(overrides or ()), "actor.count=0"))
-    run = _new_run(recipe, runs)
     model = preflight(recipe, console.print)
+    run = _new_run(recipe, runs)
     _write_recipe(recipe, run)
     console.print(f"once it listens, in another terminal:\n  tandem actor {run.endpoint}", soft_wrap=True)
     raise typer.Exit(learner_main(["--run", str(run.path), "--model", str(model)]))
@@ -154,17 +156,19 @@ def model_fetch(
 # --- what the commands share ---
 
 
-def _run(recipe: Recipe, run: RunDir, ray_address: str) -> None:
-    """Preflight, launch, report. Exits with the learner's code."""
-    from deploy.launch import launch, share_gpus
+def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> None:
+    """Preflight, launch, report. Exits with the learner's code. A refused recipe leaves no run directory."""
+    from deploy.launch import launch
     from deploy.preflight import gpu_count, preflight
     from deploy.progress import ProgressView
+    from deploy.ray_cluster import share_gpus
     from deploy.report import print_report
     from protocol.rundir import read_json
 
     began = time.monotonic()
+    model = preflight(recipe, lambda text: console.print(f"[dim]{text}[/]", highlight=False), ray_address)
+    run = make_run()
     console.print(f"run {run.path}", soft_wrap=True)
-    model = preflight(recipe, lambda text: console.print(f"[dim]{text}[/]", highlight=False))
     gpus = gpu_count()
     recipe = share_gpus(recipe, gpus)
     _write_recipe(recipe, run)

@@ -23,6 +23,7 @@ from typing import Literal
 import psutil
 
 from deploy.models import bundled_dir, bundled_gguf, cache_dir
+from deploy.ray_cluster import OWNER_FILE
 
 Level = Literal["ok", "warn", "fail"]
 GIB = 1 << 30
@@ -32,7 +33,6 @@ MEMORY_NEEDED_GIB, MEMORY_GOOD_GIB = 5, 8
 """The demo's learner and engine take about 5 GiB together (135 M parameters)."""
 SHARED_MEMORY_GOOD_GIB = 1
 DISK_GOOD_GIB = 5
-OWNER_FILE = "owner.pid"
 SET_UP = "run `make setup` (TANDEM_EXTRA=gpu for the CUDA set-up)"
 
 

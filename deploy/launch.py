@@ -1,7 +1,6 @@
 """Starts a run on machines: the learner as a child process, rollout actors through Ray; ends all of it again.
 
-Ray alone restarts actors, the launcher alone restarts the learner. One machine gets a Ray of its own, on loopback, in a
-temporary directory that is removed afterwards; `--ray-address` joins a cluster instead.
+Ray alone restarts actors, the launcher alone restarts the learner. What concerns Ray is in `deploy/ray_cluster.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -21,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from deploy.ray_cluster import ray_runtime, rollout_actors, split_gpus, visible_gpus
 from protocol.config import Recipe
 from protocol.errors import DeadlineExceeded
 from protocol.rundir import RunDir, read_json
 
 log = logging.getLogger(__name__)
 
-OWNER_FILE = "owner.pid"
-RAY_DIR_PREFIX = "tandem-ray-"
 POLL_S = 0.25
 LEARNER_START_S = 300.0
 STOP_S = 300.0
@@ -185,91 +182,8 @@ class LearnerProcess:
         self._process.wait(timeout=20)
 
 
-# --- Ray ------------------------------------------------------------------------------------------------------------
-
-
-def share_gpus(recipe: Recipe, gpus: int) -> Recipe:
-    """The recipe with `actor.gpus` filled in where it is 0: one for each actor, or a part of the only one's half."""
-    if recipe.actor.gpus or not gpus or recipe.actor.engine == "fake":
-        return recipe
-    share = 1.0 if gpus > 1 else 0.5 / max(1, recipe.actor.count)
-    return recipe.model_copy(update={"actor": recipe.actor.model_copy(update={"gpus": share})})
-
-
-def split_gpus(visible: list[str]) -> tuple[list[str], list[str]]:
-    """(GPUs of the actors, GPUs of the learner): the learner gets the last one of several, all share the only one."""
-    return (visible[:-1], visible[-1:]) if len(visible) > 1 else (visible, visible)
-
-
-def visible_gpus(count: int) -> list[str]:
-    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES spells them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [name.strip() for name in named.split(",") if name.strip()] if named else [str(i) for i in range(count)]
-
-
-@contextlib.contextmanager
-def ray_runtime(recipe: Recipe, address: str) -> Iterator[None]:
-    """Ray while the run lasts: joined where an address is given, else one of our own on loopback."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with contextlib.ExitStack() as stack:
-        options: dict[str, Any] = {"address": address} if address else _own_ray(recipe, stack)
-        import ray  # after the token: Ray reads it when it is loaded
-
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
-        stack.callback(ray.shutdown)
-        yield
-
-
-def _own_ray(recipe: Recipe, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Options of a Ray of this run alone, and the temporary directory that it lives in (its path must be short)."""
-    directory = Path(tempfile.mkdtemp(prefix=RAY_DIR_PREFIX))
-    stack.callback(shutil.rmtree, directory, ignore_errors=True)
-    (directory / OWNER_FILE).write_text(str(os.getpid()))
-    _make_ray_token(directory / "token")
-    return {
-        "address": "local",
-        "num_cpus": max(os.cpu_count() or 1, int(recipe.actor.count * recipe.actor.cpus) + 1),
-        "include_dashboard": False,
-        "object_store_memory": 100 << 20,
-        "_temp_dir": str(directory),
-        "_node_ip_address": "127.0.0.1",
-    }
-
-
-def _make_ray_token(path: Path) -> None:
-    """Ray's own processes talk to each other with a token of this run, in a file that only its user reads."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
-
-
-@contextlib.contextmanager
-def rollout_actors(recipe: Recipe, run: RunDir) -> Iterator[list[Any]]:
-    """The run's rollout actors, removed at the end. Ray restarts them in between."""
-    import ray
-
-    from actor.cluster import RemoteRolloutActor
-
-    actors = [
-        RemoteRolloutActor.options(
-            name=f"tandem-{run.path.name}-actor-{number}", num_cpus=recipe.actor.cpus, num_gpus=recipe.actor.gpus
-        ).remote(
-            str(run.endpoint), f"actor-{number}", str(run.logs / f"actor-{number}.log"), recipe.wire.lost_learner_s
-        )
-        for number in range(recipe.actor.count)
-    ]
-    try:
-        yield actors
-    finally:
-        for actor in actors:
-            with contextlib.suppress(Exception):
-                ray.kill(actor, no_restart=True)
-
-
 def remove_staged(run: RunDir) -> None:
     """Remove what killed actors of this run left in shared memory, or where they staged for want of room there."""
     for place in ("/dev/shm", tempfile.gettempdir()):
-        for directory in Path(place).glob(f"tandem-{run.path.name}-actor-*"):
+        for directory in Path(place).glob(f"tandem-{run.label}-actor-*"):
             shutil.rmtree(directory, ignore_errors=True)

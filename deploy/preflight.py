@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from deploy.models import model_limits, resolve_model
+from deploy.ray_cluster import check_ray_address
 from protocol.config import Recipe
 from protocol.errors import RecipeError
 
 
-def preflight(recipe: Recipe, progress: Callable[[str], None]) -> Path:
+def preflight(recipe: Recipe, progress: Callable[[str], None], ray_address: str = "") -> Path:
     """Check a recipe against this machine; returns the model's directory.
 
     Raises RecipeError naming the key, what was found and what is allowed.
@@ -22,6 +23,8 @@ def preflight(recipe: Recipe, progress: Callable[[str], None]) -> Path:
             raise RecipeError(f"{key}: found {name!r}, which is no file; allowed: an existing JSONL file")
     check_gpus(recipe)
     check_port(recipe.wire.host, recipe.wire.port)
+    if ray_address:
+        check_ray_address(ray_address)
     try:
         model = resolve_model(recipe.model.path, progress)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """`python -m learner --run DIR --model DIR`: the learner process of a run whose recipe lies in DIR/recipe.toml.
 
 Exit codes: 0 the run went to its end; 3 it was asked to stop and can be resumed; 2 something a user can mend; 4 the
-actors' engines cannot work; 1 anything else. The launcher restarts it on 1, and when it was killed.
+actors' engines or graders cannot work; 1 anything else. The launcher restarts it on 1, and when it was killed.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.parent:
         die_with_parent(options.parent)
 
+    from learner.intake.source import TicketsFail
     from learner.loop import Learner, StopFlag
 
     stop = StopFlag()
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         finished = Learner(load_recipe(run.recipe), run, options.model, stop)()
     except EngineFailed as error:
         return _fail(run, EXIT_ENGINE, f"the engine failed: {error}")
-    except DeadlineExceeded as error:
+    except (DeadlineExceeded, TicketsFail) as error:
         return _fail(run, EXIT_ENGINE, str(error))
     except (RecipeError, ValueError, OSError) as error:
         logging.exception("the learner cannot go on")

@@ -40,10 +40,9 @@ def save(
     `state` is the loop's own, anything that JSON can hold. A checkpoint of the same step is replaced.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    _clean_up(directory)
     final = directory / f"step-{step:08d}"
     temporary = directory / f".{final.name}"
-    for left_over in directory.glob(".step-*"):  # of a process that was killed while it saved
-        shutil.rmtree(left_over)
     temporary.mkdir()
     save_file(_on_cpu(dict(model.named_parameters())), temporary / WEIGHTS)
     save_file(_on_cpu(optimizer.state_tensors()), temporary / MOMENTS)
@@ -53,12 +52,23 @@ def save(
     for path in (*temporary.iterdir(), temporary):
         _sync(path)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(directory / f".old-{final.name}")
     temporary.rename(final)
     _sync(directory)
     for old in _checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
+        old.rename(directory / f".old-{old.name}")
+    _clean_up(directory)
     return final
+
+
+def _clean_up(directory: Path) -> None:
+    """Remove what a `save` left that was cut short, and old checkpoints; one that nothing has replaced is put back."""
+    for old in directory.glob(".old-step-*"):
+        path = directory / old.name.removeprefix(".old-")
+        if _step_of(path) > max(map(_step_of, _checkpoints(directory)), default=-1):
+            old.rename(path)
+    for left_over in [*directory.glob(".old-step-*"), *directory.glob(".step-*")]:
+        shutil.rmtree(left_over)
 
 
 def load(path: Path, model: PolicyModel, optimizer: Optimizer) -> dict[str, Any]:
@@ -89,6 +99,8 @@ def load(path: Path, model: PolicyModel, optimizer: Optimizer) -> dict[str, Any]
 def latest(directory: Path) -> Path | None:
     """The newest checkpoint, None if there is none. Looks at names only: `load` refuses a damaged one, it is never
     passed over in silence for an older one."""
+    if directory.is_dir():
+        _clean_up(directory)
     found = _checkpoints(directory)
     return found[-1] if found else None
 
@@ -96,8 +108,11 @@ def latest(directory: Path) -> Path | None:
 def _checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
-    steps = {path: match for path in directory.iterdir() if (match := NAME.fullmatch(path.name))}
-    return sorted(steps, key=lambda path: int(steps[path][1]))
+    return sorted((path for path in directory.iterdir() if NAME.fullmatch(path.name)), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _read_header(path: Path) -> dict[str, Any]:

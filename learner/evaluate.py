@@ -39,18 +39,24 @@ class EvalResult:
     seconds: float
     length_mean: float
     failed: int
+    """Problems left out since no actor could complete them."""
+    grader_errors: int
+    """Responses that the grader gave no score in time: they count with reward 0."""
     version_tokens: dict[str, int]
     """Completion tokens by the version that drew them."""
 
 
 def eval_tickets(recipe: Recipe, heldout: list[Example], version: int) -> list[Ticket]:
-    """The same prompts, sampling and seeds each time; only the version differs."""
+    """The same prompts, sampling and seeds each time; only the version differs.
+
+    Their epoch is -version, so that no late group of another evaluation answers them, also not after a crash.
+    """
     sampling = Sampling(
         max_tokens=recipe.eval_sampling_tokens, temperature=recipe.eval.temperature, stop=recipe.rollout.stop
     )
     return [
         Ticket(
-            id=TicketId(-1, index),
+            id=TicketId(-version, index),
             kind="eval",
             attempt=1,
             prompt_ids=example.prompt_ids,
@@ -84,6 +90,7 @@ def summarize(name: str, groups: list[Group], failed: int, seconds: float) -> Ev
         seconds=seconds,
         length_mean=tokens / max(1, len(completions)),
         failed=failed,
+        grader_errors=sum(bool(completion.grader_error) for completion in completions),
         version_tokens={str(version): count for version, count in sorted(_version_tokens(groups).items())},
     )
 

@@ -21,16 +21,16 @@ import learner.checkpoint as checkpoint
 from learner.evaluate import EvalResult, eval_tickets, summarize, write_responses, write_result
 from learner.intake.data import Task, load_task
 from learner.intake.dispatcher import TRAIN_EPOCH, Dispatcher
-from learner.intake.journal import Journal, read_groups
+from learner.intake.journal import Journal, read_failed, read_groups_with_offsets
 from learner.intake.server import IntakeServer
-from learner.intake.source import Interrupted, Source
+from learner.intake.source import Interrupted, Source, TicketsFail
 from learner.methods import grpo, sft
 from learner.metrics import MetricsLog, Status
 from learner.model import load_model, share_cores
 from learner.optim import Optimizer
 from learner.publish import Publisher, Versions
 from learner.step import sft_step, train_step
-from learner.summary import run_summary
+from learner.summary import process_totals, run_summary
 from protocol.codec import Limits
 from protocol.config import Recipe
 from protocol.messages import Sampling, Ticket, TicketId, Welcome
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 20.0
 RATE_WINDOW_STEPS = 5
+MAX_FAILED_SHARE = 0.1
+"""Share of an evaluation's problems that may fail for good; beyond it the mean would be of other problems."""
 
 
 class StopFlag:
@@ -74,7 +76,8 @@ class Learner:
         self.versions = Versions(run.versions)
         self.state: dict[str, Any] = {
             "step": 0, "warm_started": False, "evals": {}, "learner_tokens": 0, "train_s": 0.0, "rollout_tokens": 0,
-            "rollout_s": 0.0, "lag_sum": 0.0, "lag_max": 0.0, "wall_s": 0.0, "rewards": [], "prompt_fingerprint": "",
+            "training_s": 0.0, "lag_sum": 0.0, "lag_max": 0.0, "wall_s": 0.0, "rewards": [], "prompt_fingerprint": "",
+            "earlier": {},
         }  # fmt: skip
         self.restored: dict[str, Any] | None = None
         self._restore()
@@ -128,8 +131,15 @@ class Learner:
         )
         journal = Journal(self.run.journal, fsync=recipe.wire.journal_fsync)
         self.server = IntakeServer(
-            hub, dispatcher, journal, self._welcome(hub), recipe.wire, recipe.rollout.straggler_s
+            hub,
+            dispatcher,
+            journal,
+            self._welcome(hub),
+            recipe.wire,
+            recipe.rollout.straggler_s,
+            self.model.vocabulary,
         )
+        self.server.newest_before = self.versions.next - 1
         self.source = Source(self.server, self.status.waiting, self.should_stop)
         self.publisher = Publisher(self.versions, self.server.reserved, self.server.offer)
         if self.restored is not None:
@@ -156,7 +166,7 @@ class Learner:
     def _welcome(self, hub: Hub) -> Welcome:
         recipe = self.recipe
         return Welcome(
-            run=self.run.path.name,
+            run=self.run.label,
             model=str(self.model_path),
             dtype=recipe.model.dtype,
             max_model_len=recipe.model.max_model_len,
@@ -227,6 +237,9 @@ class Learner:
         tickets = eval_tickets(self.recipe, self.task.heldout, version)
         began = time.monotonic()
         groups, failed = self.source.evaluate(tickets, self._take_timeout())
+        if len(failed) > MAX_FAILED_SHARE * len(tickets):
+            cause = next(iter(failed.values()))
+            raise TicketsFail(f"evaluation {name}: {len(failed)} of {len(tickets)} problems failed, e.g. {cause}")
         result: EvalResult = summarize(name, groups, len(failed), time.monotonic() - began)
         if set(result.version_tokens) - {str(version)}:
             raise RuntimeError(f"evaluation {name}: tokens of versions {result.version_tokens}, expected {version}")
@@ -245,14 +258,16 @@ class Learner:
         share_cores(self.recipe.learner, shared=on_engine_host)
         self.status.set("training", step=self.state["step"])
         recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
-        began, at_start = time.monotonic(), self.state["rollout_s"]
-        tokens_at_start = self.state["rollout_tokens"] - self.server.rollout_tokens
+        marked = time.monotonic()
         try:
             while self.state["step"] < self.recipe.steps and not self.should_stop():
                 figures = self._step(recent)
-                self.state["rollout_s"] = at_start + time.monotonic() - began
-                self.state["rollout_tokens"] = tokens_at_start + self.server.rollout_tokens
+                self.state["training_s"] += time.monotonic() - marked
+                marked = time.monotonic()
                 self._report(figures, recent)
+                every, step = self.recipe.checkpoint.every_steps, self.state["step"]
+                if every and step % every == 0 and step < self.recipe.steps:
+                    self._checkpoint()
         except Interrupted:
             pass
         self.source.pause_training()
@@ -271,11 +286,9 @@ class Learner:
         self.state["step"] = step + 1
         version = self._publish()
         self.source.commit(step + 1, version)
-        every = self.recipe.checkpoint.every_steps
-        if every and (step + 1) % every == 0 and step + 1 < self.recipe.steps:
-            self._checkpoint()
         step_s = time.monotonic() - began
         recent.append((step_s, figures["completion_tokens"]))
+        self.state["rollout_tokens"] += int(figures["completion_tokens"])
         self.state["learner_tokens"] += figures["tokens"]
         self.state["train_s"] += train_s
         self.state["rewards"].append(figures["reward_mean"])
@@ -295,7 +308,7 @@ class Learner:
     def _report(self, figures: dict[str, float], recent: deque[tuple[float, float]]) -> None:
         step = self.state["step"]
         seconds = sum(step_s for step_s, _ in recent)
-        figures["rollout_tokens_per_s"] = self.state["rollout_tokens"] / max(self.state["rollout_s"], 1e-9)
+        figures["rollout_tokens_per_s"] = self.server.totals.tokens_per_s
         figures["tokens_per_s"] = sum(tokens for _, tokens in recent) / seconds
         self.metrics.write(step, figures)
         left_s = (self.recipe.steps - step) * seconds / len(recent)
@@ -324,15 +337,17 @@ class Learner:
     def _checkpoint(self) -> None:
         self.state["wall_s"] += time.monotonic() - self.began
         self.began = time.monotonic()
+        self.server.journal.sync()
         with self.server.lock:
             tickets = self.server.dispatcher.state()
             replay_offset = self.source.replay_offset()
+        state = self.state | {"earlier": process_totals(self.state, self.server)}
         checkpoint.save(
             self.run.checkpoints,
             self.state["step"],
             self.model,
             self.optimizer,
-            {"run": self.state, "tickets": tickets, "replay_offset": replay_offset},
+            {"run": state, "tickets": tickets, "replay_offset": replay_offset},
             self.recipe.checkpoint.keep,
         )
         write_json(self.run.summary, self._summary())
@@ -340,9 +355,17 @@ class Learner:
     def _restore_tickets(self) -> None:
         """Give the dispatcher what the checkpoint and the journal say of every ticket, before any actor is heard."""
         assert self.restored is not None
-        groups = list(read_groups(self.run.journal, self.restored["replay_offset"]))
-        kept = self.server.dispatcher.restore(self.restored["tickets"], groups, self.versions.next)
-        self.server.offsets = {ticket_id.index: self.restored["replay_offset"] for ticket_id in kept}
+        start = self.restored["replay_offset"]
+        found = list(read_groups_with_offsets(self.run.journal, start))
+        kept = self.server.dispatcher.restore(
+            self.restored["tickets"],
+            [group for _, group in found],
+            self.versions.next,
+            read_failed(self.run.journal, start),
+            self.versions.steps,
+        )
+        offsets = {group.id.index: offset for offset, group in found if group.id.epoch == TRAIN_EPOCH}
+        self.server.offsets = {index: offsets[index] for index in kept}
         log.info("%d groups of unfinished tickets come from the journal", len(kept))
 
     def _epilogue(self) -> None:

@@ -7,7 +7,7 @@ import math
 import time
 from typing import Any
 
-from protocol.rundir import RunDir, write_json
+from protocol.rundir import RunDir, read_jsonl, replace_file, write_json
 
 STATUS_EVERY_S = 0.5
 
@@ -16,10 +16,13 @@ class MetricsLog:
     """One line a step in metrics.jsonl, the same figures in TensorBoard."""
 
     def __init__(self, run: RunDir, first_step: int = 0) -> None:
+        """Go on after `first_step` steps."""
         from torch.utils.tensorboard import SummaryWriter
 
+        rows = [row for row in read_jsonl(run.metrics) if row["step"] <= first_step]  # later ones are lost with a crash
+        replace_file(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(run.metrics, "a")  # noqa: SIM115 - open for the life of the run
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Log a step's figures; a figure that is not finite becomes null in the file and stays out of TensorBoard."""

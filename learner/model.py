@@ -63,6 +63,11 @@ class PolicyModel:
         if learner.gradient_checkpointing:
             enable_gradient_checkpointing(self.network)
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the model knows: 0..vocabulary - 1."""
+        return self.network.get_input_embeddings().weight.shape[0]
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Master weights (float32), tied ones once."""
         return self.network.named_parameters()

@@ -54,7 +54,13 @@ class Optimizer:
             fused=True,
         )
 
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self._adamw.param_groups[0]["lr"]
+
     def set_lr(self, lr: float) -> None:
+        """Set the learning rate of every group."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
 

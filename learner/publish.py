@@ -9,18 +9,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from protocol.rundir import read_jsonl
+from protocol.errors import DeadlineExceeded
+from protocol.rundir import cut_torn_line, read_jsonl
 from protocol.tensors import dtype_name, tensor_view
 from protocol.weights import Snapshot, layout, make_snapshot
 
 if TYPE_CHECKING:
     from learner.model import PolicyModel
+
+ANNOUNCE_S = 120.0
+"""Longest that digests and the announcement of one version may take."""
 
 
 class Versions:
@@ -28,6 +32,7 @@ class Versions:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        cut_torn_line(path)
         self._steps: dict[int, int] = {row["version"]: row["step"] for row in read_jsonl(path)}
 
     def reserve(self, step: int) -> int:
@@ -44,6 +49,11 @@ class Versions:
     def next(self) -> int:
         """The number that `reserve` will give."""
         return max(self._steps, default=0) + 1
+
+    @property
+    def steps(self) -> dict[int, int]:
+        """Step of every version."""
+        return dict(self._steps)
 
     def step_of(self, version: int) -> int:
         """Training steps that a version has seen. Raises KeyError for a number that was never reserved."""
@@ -98,8 +108,14 @@ class Publisher:
     def wait(self) -> None:
         """Wait until the last version is announced; raises what went wrong with it."""
         if self._pending is not None:
-            self._pending.result(timeout=300)
+            try:
+                self._pending.result(timeout=ANNOUNCE_S)
+            except TimeoutError:
+                raise DeadlineExceeded(f"the announcement of version {self.versions.next - 1}", ANNOUNCE_S) from None
             self._pending = None
 
     def close(self) -> None:
-        self._worker.shutdown(wait=True)
+        """Let the last announcement end, if it does in time."""
+        if self._pending is not None:
+            wait([self._pending], timeout=ANNOUNCE_S)
+        self._worker.shutdown(wait=False, cancel_futures=True)

@@ -30,6 +30,9 @@ def train_step(model: PolicyModel, optimizer: Optimizer, batch: Batch, recipe: R
     A minibatch in which every advantage is 0 has no gradient. Its update is left out and counted in `skipped_updates`:
     Adam would move the weights by its momentum and weight decay all the same.
 
+    Entropy, KL, gap and importance are means over the tokens that were trained on: `trained_token_share` of all. With
+    `grpo.skip_zero_advantage` these are the groups that still disagree, so their entropy is above the policy's.
+
     Raises FloatingPointError, naming step and update, before a loss or gradient that is not finite reaches the weights.
     """
     lr = lr_at(batch.step, recipe.optim, recipe.steps)
@@ -47,7 +50,8 @@ def train_step(model: PolicyModel, optimizer: Optimizer, batch: Batch, recipe: R
             what = f"step {batch.step}, update {int(sums['updates']) + 1}"
             sums.update(update(model, optimizer, packed, loss_of, recipe.optim.max_grad_norm, what))
     sums["skipped_updates"] = recipe.optim.epochs * (len(batch.minibatches) - len(minibatches))
-    return batch.stats | {"lr": lr} | summarize(sums)
+    sampled = recipe.optim.epochs * sum(minibatch.num_tokens for minibatch in batch.minibatches)
+    return batch.stats | {"lr": lr, "trained_token_share": sums["tokens"] / max(sampled, 1)} | summarize(sums)
 
 
 def sft_step(model: PolicyModel, optimizer: Optimizer, batch: Batch, recipe: Recipe) -> dict[str, float]:

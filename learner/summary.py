@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 def run_summary(recipe: Recipe, state: dict[str, Any], server: IntakeServer, publisher: Publisher) -> dict[str, Any]:
     """Figures of a run so far.
 
-    `rollout_tokens_per_s` is accepted completion tokens over the training phase's wall time. `learner_tokens` are the
-    completion tokens that went through forward and backward (those of zero advantage are left out), and
-    `learner_tokens_per_s` is over the time inside gradient steps. `weights.seconds_p50` is an actor's fetch, check and
-    staging of a version, `pause_seconds_p50` the time that its generation stood still.
+    `rollout_tokens` are the completion tokens of the groups that became steps, `tokens_per_s` is over the wall time of
+    these steps: end to end. `rollout_tokens_per_s` is what the actors draw while they generate, `learner_tokens_per_s`
+    what goes through forward and backward (`learner_tokens`; completions of zero advantage are left out) over the time
+    inside gradient steps. `weights.seconds_p50` is an actor's fetch, check and staging of a version,
+    `pause_seconds_p50` the time that its generation stood still. Medians are of the present process; everything else is
+    of the whole run, resumed or not.
     """
-    evals, rewards = state["evals"], state["rewards"]
+    evals, rewards, process = state["evals"], state["rewards"], process_totals(state, server)
     reward = {name: result["reward"] for name, result in evals.items()}
     return {
         "name": recipe.name,
@@ -34,7 +36,8 @@ def run_summary(recipe: Recipe, state: dict[str, Any], server: IntakeServer, pub
         "eval_after_warm_start": reward.get("after_warm_start"),
         "eval_after": reward.get("after"),
         "rollout_tokens": state["rollout_tokens"],
-        "rollout_tokens_per_s": _rate(state["rollout_tokens"], state["rollout_s"]),
+        "rollout_tokens_per_s": _rate(process["generated_tokens"], process["busy_s"]),
+        "tokens_per_s": _rate(state["rollout_tokens"], state["training_s"]),
         "learner_tokens": state["learner_tokens"],
         "learner_tokens_per_s": _rate(state["learner_tokens"], state["train_s"]),
         "lag_mean": state["lag_sum"] / len(rewards) if rewards else None,
@@ -43,17 +46,31 @@ def run_summary(recipe: Recipe, state: dict[str, Any], server: IntakeServer, pub
         "weights": {
             "versions": len(publisher.versions),
             "bytes_dense": publisher.bytes_dense,
-            "bytes_sent": server.hub.bytes_sent,
+            "bytes_sent": process["bytes_sent"],
             "seconds_p50": median(server.swap_fetches) if server.swap_fetches else None,
             "pause_seconds_p50": median(server.swap_pauses) if server.swap_pauses else None,
         },
         "actors": {
-            "started": server.totals.started,
-            "restarted": server.totals.restarted,
-            "max": server.totals.max,
+            "started": process["started"],
+            "restarted": process["restarted"],
+            "max": process["max"],
         },
         "frames_dropped": dict(server.hub.faults.counts),
     }
+
+
+def process_totals(state: dict[str, Any], server: IntakeServer) -> dict[str, float]:
+    """What the hub counted, in this process and, by the checkpoint's word (`earlier`), in those before."""
+    totals, earlier = server.totals, state["earlier"]
+    counted = {
+        "bytes_sent": server.hub.bytes_sent,
+        "started": totals.started,
+        "restarted": totals.restarted,
+        "generated_tokens": totals.generated_tokens,
+        "busy_s": totals.busy_s,
+    }
+    summed = {name: value + earlier.get(name, 0) for name, value in counted.items()}
+    return summed | {"max": max(totals.max, earlier.get("max", 0))}
 
 
 def _rate(count: float, seconds: float) -> float | None:

@@ -247,6 +247,11 @@ class Recipe(Section):
                 f"optim.minibatches: found {self.optim.minibatches}, allowed: a divisor of rollout.groups_per_step ="
                 f" {rollout.groups_per_step} (a minibatch is made of whole groups; {sequences} completions a step)"
             )
+        if self.grpo.loss == "reinforce" and (updates := self.optim.epochs * self.optim.minibatches) > 1:
+            raise ValueError(
+                f'grpo.loss: found "reinforce" with {updates} updates a step (optim.epochs x optim.minibatches),'
+                ' allowed: 1, since it does not correct for the drift between them; "grpo_clip" does'
+            )
         biased = [k for k, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)) if getattr(rollout, k) != off]
         if biased and not rollout.accept_sampling_bias:
             raise ValueError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +73,14 @@ class RunDir:
     def curve(self) -> Path:
         return self.path / "reward.png"
 
+    @property
+    def label(self) -> str:
+        """The run's name among all runs of this machine: its directory's name and a number drawn once (`run.id`)."""
+        path = self.path / "run.id"
+        with contextlib.suppress(FileExistsError), open(path, "x") as file:
+            file.write(secrets.token_hex(4))
+        return f"{self.path.name}-{path.read_text()}"
+
     def create(self) -> RunDir:
         for directory in (self.path, self.journal.parent, self.checkpoints, self.eval, self.logs):
             directory.mkdir(parents=True, exist_ok=True)
@@ -104,12 +114,19 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Lines of a JSONL file; a torn last line is left out."""
+    """Rows of a JSONL file; a torn last line is left out. Raises ValueError for any other line that is no JSON."""
     rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
+    lines = path.read_text().split("\n") if path.exists() else [""]
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: found {line[:60]!r}, which is no JSON ({error})") from None
     return rows
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut what follows the last line end of a file that is to be appended to: the writer died in the middle of it."""
+    if path.exists():
+        with open(path, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)

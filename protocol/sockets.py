@@ -65,9 +65,10 @@ def _socket(context: Any, kind: int, limits: codec.Limits) -> Any:
 
 
 class FaultCounter:
-    """Counts bad frames by kind and says so at most once a second."""
+    """Counts what goes wrong by kind and says so at most once a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "dropped a frame") -> None:
+        self.what = what
         self.counts: Counter[str] = Counter()
         self._last_log = 0.0
 
@@ -76,7 +77,7 @@ class FaultCounter:
         now = time.monotonic()
         if now - self._last_log >= 1.0:
             self._last_log = now
-            log.warning("dropped a frame (%s): %s; so far: %s", fault, detail, dict(self.counts))
+            log.warning("%s (%s): %s; so far: %s", self.what, fault, detail, dict(self.counts))
 
 
 class Hub:

@@ -151,6 +151,12 @@ class Puppet:
                 found.append(message)
         return found
 
+    def rest(self) -> list[Message]:
+        """All messages so far; the last ones are waited for a moment."""
+        while self._sock.poll(200):
+            self.received.append(codec.decode_from_learner(self._sock.recv_multipart()))
+        return self.received
+
     def settle(self, held: tuple[TicketId, ...] = (), unacked: tuple[TicketId, ...] = ()) -> list[Message]:
         """Two heartbeats and all messages up to the second answer: by then the hub has settled the first."""
         before = len(self.received)

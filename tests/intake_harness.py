@@ -45,7 +45,9 @@ class Intake:
         port: int = 0,
         token_s: float = 0.0,
         run: str = "test",
+        version: int = 0,
     ) -> None:
+        """`version`: the last one of an earlier process of this run, whose actors may be alive."""
         self.hub = Hub("127.0.0.1", port)
         self.dispatcher = Dispatcher(
             make_ticket, groups_per_step=groups_per_step, max_lag=max_lag, steps=steps, max_attempts=max_attempts
@@ -58,10 +60,10 @@ class Intake:
             engine={"engine": "fake", "max_running": 8, "fake_token_s": token_s, "grader_workers": 1},
         )  # fmt: skip
         wire = WireConfig(heartbeat_s=heartbeat_s, dead_after_s=dead_after_s)
-        self.server = IntakeServer(self.hub, self.dispatcher, self.journal, welcome, wire, straggler_s)
+        self.server = IntakeServer(self.hub, self.dispatcher, self.journal, welcome, wire, straggler_s, 1000)
         self.stop_requested = threading.Event()
         self.source = Source(self.server, lambda what, waited: None, self.stop_requested.is_set)
-        self.version = 0
+        self.version = self.server.newest_before = version
 
     @property
     def address(self) -> str:

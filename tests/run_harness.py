@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import subprocess
@@ -83,13 +84,30 @@ class Command:
 
 def left_behind(run: RunDir, launcher_pid: int) -> list[Path]:
     """Staged weights of the run, and temporary Ray directories of its launcher."""
-    staged = list(Path("/dev/shm").glob(f"tandem-{run.path.name}-*"))
+    staged = list(Path("/dev/shm").glob(f"tandem-{run.label}-*"))
     rays = [
         directory
         for directory in Path(tempfile.gettempdir()).glob("tandem-ray-*")
         if (owner := directory / "owner.pid").is_file() and owner.read_text() == str(launcher_pid)
     ]
     return staged + rays
+
+
+def open_to_the_network(pid: int) -> list[str]:
+    """Listening sockets of a process and all below it that other machines could reach. There must be others."""
+    process = psutil.Process(pid)
+    sockets = [
+        (process.name(), ipaddress.ip_address(connection.laddr.ip), connection.laddr.port)
+        for process in (process, *process.children(recursive=True))
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert sockets, "a run listens somewhere"
+    return [
+        f"{name} listens on {address}, port {port}"
+        for name, address, port in sockets
+        if not (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    ]
 
 
 def status(run: RunDir) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 
 from learner.intake.journal import read_steps
 from protocol.rundir import RunDir, read_json, read_jsonl
-from tests.run_harness import TANDEM, Command, left_behind, status
+from tests.run_harness import TANDEM, Command, left_behind, open_to_the_network, status
 from tests.tiny_model import make_tiny_model
 
 RECIPE = """
@@ -101,7 +101,7 @@ def test_train_refuses_a_wrong_recipe_before_anything_starts(
     assert result.returncode == 2
     assert complaint in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.stderr
-    assert not list(tmp_path.glob("*/logs/*")), "nothing was started"
+    assert not list(tmp_path.iterdir()), "nothing was started"
 
 
 def test_train_refuses_a_missing_dataset_file(recipe: Path, tmp_path: Path) -> None:
@@ -120,6 +120,23 @@ def test_train_refuses_a_port_in_use(recipe: Path, tmp_path: Path) -> None:
     assert f"wire.port: found {port}, which cannot be bound" in result.stderr.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("address", "complaint"),
+    [
+        ("127.0.0.1:1", "nobody listens at 127.0.0.1:1"),
+        ("ray://127.0.0.1:10001", "found 'ray://127.0.0.1:10001', allowed: HOST:PORT"),
+        ("somewhere", "found 'somewhere', allowed: HOST:PORT"),
+    ],
+)
+def test_train_refuses_a_ray_address_where_no_cluster_is(
+    recipe: Path, tmp_path: Path, address: str, complaint: str
+) -> None:
+    result = tandem("train", str(recipe), "--runs", str(tmp_path), "--ray-address", address)
+    assert result.returncode == 2
+    assert f"--ray-address: {complaint}" in result.stderr.replace("\n", " ")
+    assert not list(tmp_path.iterdir()), "nothing was started"
+
+
 def test_resume_refuses_what_may_not_change(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -135,6 +152,7 @@ def test_ctrl_c_checkpoints_and_resume_completes_the_run(recipe: Path, tmp_path:
     run = RunDir(tmp_path / "runs" / "cli")
     with Command(["train", str(recipe), "--runs", str(run.path.parent)], tmp_path / "first.log") as first:
         first.until(reached(run, 3), "third step", 120)
+        assert open_to_the_network(first.process.pid) == []
         first.process.send_signal(signal.SIGINT)
         assert first.wait(60) == 3, first.output()
         assert f"tandem train --resume {run.path}" in first.output()

@@ -17,7 +17,7 @@ import torch
 
 from learner.intake.journal import read_groups, read_steps
 from protocol.rundir import RunDir, read_json, read_jsonl
-from tests.run_harness import Command, left_behind, status
+from tests.run_harness import Command, left_behind, open_to_the_network, status
 from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.real_engine
@@ -67,6 +67,7 @@ class Finished:
     output: str
     left_running: list[Any]
     left_behind: list[Path]
+    exposed: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +80,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     run = RunDir(directory / "runs" / "end-to-end")
     with Command(["train", str(recipe), "--runs", str(run.path.parent)], directory / "log") as command:
         command.until(lambda: status(run).get("step", 0) >= 2, "second step", 240)
+        exposed = open_to_the_network(command.process.pid)
         os.kill(status(run)["actors"]["actor-0"], signal.SIGKILL)
         code = command.wait(240)
         assert code == 0, command.output() + (run.logs / "learner.log").read_text()[-4000:]
-        return Finished(
-            run, read_json(run.summary), command.output(), command.left_running(), left_behind(run, command.process.pid)
-        )
+        left = (command.left_running(), left_behind(run, command.process.pid))
+        return Finished(run, read_json(run.summary), command.output(), *left, exposed)
 
 
 @pytest.mark.timeout(600)
@@ -140,6 +141,10 @@ def test_exported_model_loads_in_transformers(finished: Finished) -> None:
     )
     with torch.no_grad():
         assert torch.isfinite(model(**prompt).logits).all()
+
+
+def test_run_opens_no_port_to_the_network(finished: Finished) -> None:
+    assert finished.exposed == []
 
 
 def test_run_leaves_its_files_and_nothing_else(finished: Finished) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -28,10 +27,10 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @pytest.fixture
 def run_name(tmp_path: Path) -> Iterator[str]:
-    """Name of a run that no other test has; nothing of it is left in shared memory, whatever the test did."""
-    name = f"t{os.getpid()}-{tmp_path.name[-12:]}"
-    yield name
-    remove_staged(RunDir(Path(name)))
+    """Label of a run that no other test has; nothing of it is left in shared memory, whatever the test did."""
+    run = RunDir(tmp_path / "run").create()
+    yield run.label
+    remove_staged(run)
 
 
 class Actors:
@@ -130,7 +129,7 @@ def test_run_completes_exactly_once_though_actors_are_killed_at_random(
         assert len(actors.workers) >= 3
     for directory in staged(run_name):  # left by the killed ones, each of which names its owner
         assert not psutil.pid_exists(int((directory / "owner.pid").read_text()))
-    remove_staged(RunDir(Path(run_name)))
+    remove_staged(RunDir(tmp_path / "run"))
     assert staged(run_name) == []
 
 

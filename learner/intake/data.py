@@ -6,6 +6,8 @@ then asks for `train(0), train(1), …` as it issues tickets. Knows no ticket, a
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +21,8 @@ from learner.intake.prompts import Prompter
 from learner.intake.shuffle import permuted
 from protocol.config import Recipe
 from protocol.errors import RecipeError
+
+log = logging.getLogger(__name__)
 
 _CACHED_EXAMPLES = 4096
 _GENERATED_LENGTHS_CHECKED = 500
@@ -91,9 +95,28 @@ def load_task(recipe: Recipe, tokenizer: Any) -> Task:
     """
     problems = make_arithmetic(recipe) if recipe.task.name == "arithmetic" else read_jsonl_task(recipe)
     prompter = Prompter(tokenizer, recipe.task.system_prompt)
+    problems = _without_heldout_prompts(problems, prompter) if recipe.task.name == "jsonl" else problems
     task = Task(recipe, problems, prompter)
     _check_lengths(recipe, task, problems, prompter)
     return task
+
+
+def _without_heldout_prompts(problems: ProblemSet, prompter: Prompter) -> ProblemSet:
+    """The problem set without training problems and demonstrations whose prompt is a held-out one to the model.
+
+    What counts is the token ids: a text and a list with one message of a user are the same prompt.
+    """
+    heldout = {prompter.prompt_ids(problem.prompt) for problem in problems.heldout}
+    train = [problem for problem in problems.train if prompter.prompt_ids(problem.prompt) not in heldout]
+    if len(train) == len(problems.train):
+        return problems
+    log.warning("%d problems left out of training, their prompts are held out", len(problems.train) - len(train))
+    if not train:
+        raise RecipeError("task.train: found only problems whose prompts are held out, allowed: others too")
+    demonstrations = [p for p in problems.demonstrations if prompter.prompt_ids(p.prompt) not in heldout]
+    if len(demonstrations) < len(problems.demonstrations):
+        raise RecipeError("task.train: found problems with a solution whose prompts are held out in another form")
+    return dataclasses.replace(problems, train=train)
 
 
 def _check_lengths(recipe: Recipe, task: Task, problems: ProblemSet, prompter: Prompter) -> None:

@@ -12,9 +12,10 @@ step s - max_lag or later. Evaluation tickets have a ledger of their own (epochs
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -47,6 +48,8 @@ class Ledger:
     leased: dict[TicketId, Lease] = field(default_factory=dict)
     queued: dict[TicketId, Group] = field(default_factory=dict)
     failed: dict[TicketId, str] = field(default_factory=dict)
+    excused: Counter[TicketId] = field(default_factory=Counter)
+    """Attempts that ended without the ticket's fault: the actor left in good order, or could not be reached."""
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.leased) + len(self.queued)
@@ -63,7 +66,7 @@ class Ledger:
     def give_back(self, ticket_id: TicketId, max_attempts: int, why: str) -> bool:
         """Return a lease to the front of the line, in ticket order; False if it has failed for good."""
         ticket = self.leased.pop(ticket_id).ticket
-        if ticket.attempt >= max_attempts:
+        if ticket.attempt - self.excused[ticket_id] >= max_attempts:
             self.failed[ticket_id] = why
             return False
         again = msgspec.structs.replace(ticket, attempt=ticket.attempt + 1)
@@ -78,6 +81,7 @@ class Ledger:
             self.waiting = deque(ticket for ticket in self.waiting if ticket.id != group.id)
         else:
             return False
+        self.excused.pop(group.id, None)
         self.queued[group.id] = group
         return True
 
@@ -100,15 +104,22 @@ class Dispatcher:
         self.next_index = 0
         self.step_versions: dict[int, int] = {}
         """Version that carries the weights of a step; empty until the first publication."""
+        self._steps: dict[int, int] = {}
+        """Step whose weights a version carries, for every version that a group may name."""
         self.training_enabled = False
         """Train tickets are issued only between `resume_training` and the end: evaluations want idle engines."""
         self.train, self.eval = Ledger(), Ledger()
         self.in_training: dict[TicketId, Group] = {}
         self._replay: dict[int, Group] = {}
         """Journaled groups of tickets that a resumed run has not reached again."""
+        self._replay_failed: dict[int, str] = {}
+        """Likewise, of tickets that failed for good."""
+        self.failed_in_a_row = 0
+        """Tickets, of either kind, that failed for good since the last group arrived."""
+        self.newly_failed: list[tuple[TicketId, str]] = []
+        """Tickets that failed for good and are not in the journal yet."""
         self.trained = self.filtered = self.dropped = self.abandoned = 0
         self.duplicates = self.reissued = 0
-        self._eval_epoch = 0
 
     # --- towards actors ---
 
@@ -146,6 +157,8 @@ class Dispatcher:
         group = self._replay.pop(index, None)
         if group is not None:
             self.train.queued[ticket_id] = group
+        elif index in self._replay_failed:
+            self.train.failed[ticket_id] = self._replay_failed.pop(index)
         else:
             self.train.waiting.append(msgspec.structs.replace(self.make_ticket(index), min_version=min_version))
 
@@ -153,6 +166,8 @@ class Dispatcher:
         """Take in a journaled group. False: duplicate, late or unknown; acknowledge it and forget it."""
         accepted = self._ledger(group.id).receive(group)
         self.duplicates += not accepted
+        if accepted:
+            self.failed_in_a_row = 0
         self.check()
         return accepted
 
@@ -162,15 +177,21 @@ class Dispatcher:
         lease = ledger.leased.get(ticket_id)
         return lease.ticket if lease else next((ticket for ticket in ledger.waiting if ticket.id == ticket_id), None)
 
-    def give_back(self, ticket_id: TicketId, actor: str, why: str, attempt: int = 0) -> None:
+    def give_back(self, ticket_id: TicketId, actor: str, why: str, attempt: int = 0, excused: bool = False) -> None:
         """A lease is lost: the ticket is issued again, or failed after `max_attempts`.
 
         `attempt`: only if the lease is of that attempt (a word on an earlier one comes too late); 0: in any case.
+        `excused`: nothing speaks against the ticket, so this attempt does not count.
         """
         ledger = self._ledger(ticket_id)
         lease = ledger.leased.get(ticket_id)
         if lease is not None and lease.actor == actor and attempt in (0, lease.ticket.attempt):
-            self.reissued += ledger.give_back(ticket_id, self.max_attempts, why)
+            ledger.excused[ticket_id] += excused
+            if ledger.give_back(ticket_id, self.max_attempts, why):
+                self.reissued += 1
+            else:
+                self.newly_failed.append((ticket_id, why))
+                self.failed_in_a_row += 1
         self.check()
 
     def beat(self, actor: str, listed: Iterable[TicketId]) -> list[TicketId]:
@@ -192,11 +213,11 @@ class Dispatcher:
         holders = self.holders()
         return [ticket_id for ticket_id in listed_ids if holders.get(ticket_id) != actor]
 
-    def actor_gone(self, actor: str, why: str) -> int:
+    def actor_gone(self, actor: str, why: str, excused: bool = False) -> int:
         """Take back all leases of an actor; returns how many."""
         lost = [ticket_id for ticket_id, holder in self.holders().items() if holder == actor]
         for ticket_id in lost:
-            self.give_back(ticket_id, actor, why)
+            self.give_back(ticket_id, actor, why, excused=excused)
         return len(lost)
 
     def stragglers(self, now: float, older_than_s: float) -> list[tuple[TicketId, str]]:
@@ -248,22 +269,26 @@ class Dispatcher:
     def published(self, step: int, version: int) -> None:
         """Version `version` carries the weights of `step`, and may be asked of actors from now on."""
         self.step_versions[step] = version
+        self._steps[version] = step
+
+    def step_of(self, version: int) -> int | None:
+        """Training steps that a version has seen, if this process has published it, else None.
+
+        After a restart, also those that the process before had announced up to the checkpoint's step: the rest belongs
+        to steps that are lost.
+        """
+        return self._steps.get(version)
 
     def version_of_step(self, step: int) -> int:
         """Smallest published version with the weights of `step` or later: what a ticket may ask of an engine."""
         fitting = [version for published, version in self.step_versions.items() if published >= step]
         return min(fitting, default=max(self.step_versions.values(), default=1))
 
-    def start_evaluation(self, tickets: list[Ticket]) -> int:
-        """Queue evaluation tickets ahead of all others; returns the epoch that names them."""
+    def start_evaluation(self, tickets: list[Ticket]) -> None:
+        """Queue evaluation tickets ahead of all others."""
         assert not len(self.eval), "one evaluation at a time"
-        self._eval_epoch -= 1
-        self.eval = Ledger()
-        for index, ticket in enumerate(tickets):
-            self.eval.waiting.append(
-                msgspec.structs.replace(ticket, id=TicketId(self._eval_epoch, index), kind="eval", attempt=1)
-            )
-        return self._eval_epoch
+        assert all(ticket.id.epoch < 0 and ticket.kind == "eval" for ticket in tickets)
+        self.eval = Ledger(waiting=deque(tickets))
 
     def finish_evaluation(self) -> tuple[list[Group], dict[TicketId, str]] | None:
         """Groups in ticket order and failures, once no ticket of the evaluation is open; else None."""
@@ -318,11 +343,20 @@ class Dispatcher:
             "abandoned": self.abandoned,
             "duplicates": self.duplicates,
             "reissued": self.reissued,
-            "eval_epoch": self._eval_epoch,
         }
 
-    def restore(self, state: dict[str, Any], journaled: Iterable[Group], version: int) -> list[TicketId]:
-        """Take up a run at a checkpoint, with the groups that the journal holds. Returns ids of the groups queued.
+    def restore(
+        self,
+        state: dict[str, Any],
+        journaled: Iterable[Group],
+        version: int,
+        failed: Iterable[tuple[TicketId, str]] = (),
+        versions: Mapping[int, int] = MappingProxyType({}),
+    ) -> list[int]:
+        """Take up a run at a checkpoint, with the groups and failures that the journal holds.
+
+        `versions`: step of every version announced before; `version`: the one that will carry the checkpoint's weights.
+        Returns the indices of the tickets whose groups need not be drawn again, queued already or to be reached later.
 
         A ticket that was unfinished at the checkpoint is queued if its group was journaled, and else issued again, on
         weights of `version` or later. Later tickets, of steps that are lost now, are admitted again one by one; those
@@ -331,11 +365,15 @@ class Dispatcher:
         self.step, self.next_index = state["step"], state["next_index"]
         for name in ("trained", "filtered", "dropped", "abandoned", "duplicates", "reissued"):
             setattr(self, name, state[name])
-        self._eval_epoch = state["eval_epoch"]
         self.train.failed = {TicketId(TRAIN_EPOCH, int(index)): why for index, why in state["failed"].items()}
         self.step_versions = {self.step: version}
-        self._replay = {group.id.index: group for group in journaled if group.kind == "train"}
+        self._steps = {old: step for old, step in versions.items() if step <= self.step} | {version: self.step}
+        open_ = set(state["unfinished"])
+        known = {group.id.index: group for group in journaled if group.id.epoch == TRAIN_EPOCH}
+        self._replay = {i: group for i, group in known.items() if i in open_ or i >= self.next_index}
+        self._replay_failed = {id_.index: why for id_, why in failed if id_.epoch == TRAIN_EPOCH}
+        replayed = list(self._replay)
         for index in state["unfinished"]:
             self._open(index, version)
         self.check()
-        return list(self.train.queued)
+        return replayed

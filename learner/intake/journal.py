@@ -2,15 +2,16 @@
 
 One file of records. Record: b"TJ", kind (one byte), payload length (uint32), xxh3-64 of the payload (uint64), xxh32 of
 these four (uint32), payload; all little-endian. The head has a digest of its own since a damaged length would make the
-rest of the file look like a torn tail. A torn tail (the process died in mid-write) is cut off when the journal is
-opened; a damaged record before the end is an error. Knows no socket; `server.py` writes, the learner's loop reads on
-resume.
+rest of the file look like a torn tail. A torn tail (the process died in mid-write, or the machine did and left bytes
+that were never written) is cut off when the journal is opened; damage with a sound record behind it is an error. Knows
+no socket; `server.py` writes, the learner's loop reads on resume.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -20,14 +21,14 @@ from typing import Any, Literal
 import xxhash
 
 from protocol import codec
-from protocol.messages import Group
+from protocol.messages import Group, TicketId
 
 log = logging.getLogger(__name__)
 
 MAGIC = b"TJ"
 HEAD = struct.Struct("<2sBIQ")
 HEAD_DIGEST = struct.Struct("<I")
-KINDS: dict[int, Literal["group", "step"]] = {1: "group", 2: "step"}
+KINDS: dict[int, Literal["group", "step", "failed"]] = {1: "group", 2: "step", 3: "failed"}
 
 
 class JournalError(ValueError):
@@ -57,13 +58,21 @@ class Journal:
         """Write the composition of a batch that became step `step`, published as `version`."""
         return self._append(2, json.dumps({"step": step, "version": version, "ids": ids}).encode())
 
+    def append_failed(self, ids: tuple[int, int], why: str) -> int:
+        """Write that a ticket has failed for good: without it, a replay would hand its place in line to the next."""
+        return self._append(3, json.dumps({"id": ids, "why": why}).encode())
+
+    def sync(self) -> None:
+        """All records so far survive the machine when this returns: before a checkpoint names an offset."""
+        os.fsync(self._file.fileno())
+
     def _append(self, kind: int, payload: bytes) -> int:
         offset = self._file.tell()
         head = HEAD.pack(MAGIC, kind, len(payload), xxhash.xxh3_64_intdigest(payload))
         self._file.write(head + HEAD_DIGEST.pack(xxhash.xxh32_intdigest(head)) + payload)
         self._file.flush()
         if self.fsync:
-            os.fsync(self._file.fileno())
+            self.sync()
         return offset
 
     @property
@@ -75,51 +84,75 @@ class Journal:
         self._file.close()
 
 
-def _records(path: Path, start: int) -> Iterator[tuple[int, int, bytes]]:
-    """(offset after the record, kind, payload) from `start` on; stops before a torn tail. Raises JournalError."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        file.seek(start)
+def _record_at(data: bytes | mmap.mmap, offset: int) -> tuple[int, int, bytes] | None:
+    """(offset after the record, kind, payload) of the record at `offset`; None if there is no sound and whole one."""
+    begin = offset + HEAD.size + HEAD_DIGEST.size
+    head = data[offset : offset + HEAD.size]
+    if begin > len(data) or HEAD_DIGEST.unpack(data[offset + HEAD.size : begin]) != (xxhash.xxh32_intdigest(head),):
+        return None
+    magic, kind, length, digest = HEAD.unpack(head)
+    payload = bytes(data[begin : begin + length])
+    if magic != MAGIC or kind not in KINDS or len(payload) < length or xxhash.xxh3_64_intdigest(payload) != digest:
+        return None
+    return begin + length, kind, payload
+
+
+def _records(path: Path, start: int) -> Iterator[tuple[int, int, int, bytes]]:
+    """(offset, offset after it, kind, payload) of every record from `start` on; stops before a torn tail.
+
+    Raises JournalError for damage that a sound record follows, and for a file that ends before `start`."""
+    size = path.stat().st_size if path.exists() else 0
+    if start > size:
+        raise JournalError(f"journal {path}: ends at byte {size}, but a checkpoint reads it from byte {start} on")
+    if size == 0:
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         offset = start
         while offset < size:
-            head, head_digest = file.read(HEAD.size), file.read(HEAD_DIGEST.size)
-            if len(head_digest) < HEAD_DIGEST.size:
+            record = _record_at(data, offset)
+            if record is None:
+                if offset == 0 and any(data[: len(MAGIC)]) and data[: len(MAGIC)] != MAGIC[: len(data)]:
+                    raise JournalError(f"journal {path}: no record at byte 0, something else is in this file")
+                later = offset
+                while (later := data.find(MAGIC, later + 1)) >= 0:
+                    if _record_at(data, later):
+                        raise JournalError(f"journal {path}: damaged between bytes {offset} and {later}")
                 return
-            magic, kind, length, digest = HEAD.unpack(head)
-            sound = HEAD_DIGEST.unpack(head_digest) == (xxhash.xxh32_intdigest(head),)
-            if not sound or magic != MAGIC or kind not in KINDS:
-                raise JournalError(f"journal {path}: no record at byte {offset}")
-            payload = file.read(length)
-            if len(payload) < length:
-                return
-            offset += HEAD.size + HEAD_DIGEST.size + length
-            if xxhash.xxh3_64_intdigest(payload) != digest:
-                if offset == size:
-                    return
-                raise JournalError(f"journal {path}: damaged record before byte {offset}")
-            yield offset, kind, payload
+            yield offset, *record
+            offset = record[0]
 
 
 def _sound_end(path: Path) -> int:
     end = 0
-    for end, _, _ in _records(path, 0):  # noqa: B007 - the last offset is what counts
+    for _, end, _, _ in _records(path, 0):  # noqa: B007 - the last offset is what counts
         pass
     return end
 
 
 def read_groups(path: Path, start: int = 0) -> Iterator[Group]:
     """Groups journaled from byte `start` on, the first of each ticket only. Raises JournalError if damaged."""
+    return (group for _, group in read_groups_with_offsets(path, start))
+
+
+def read_groups_with_offsets(path: Path, start: int = 0) -> Iterator[tuple[int, Group]]:
+    """(offset of its record, group) as `read_groups`."""
     seen = set()
-    for _, kind, payload in _records(path, start) if path.exists() else ():
+    for offset, _, kind, payload in _records(path, start):
         if KINDS[kind] == "group":
             group = codec.decode_from_actor(codec.split_frames(payload))
             if group.id not in seen:
                 seen.add(group.id)
-                yield group
+                yield offset, group
 
 
 def read_steps(path: Path, start: int = 0) -> Iterator[dict[str, Any]]:
     """Batch compositions {"step", "version", "ids"} journaled from byte `start` on."""
-    for _, kind, payload in _records(path, start) if path.exists() else ():
-        if KINDS[kind] == "step":
-            yield json.loads(payload)
+    return (json.loads(payload) for _, _, kind, payload in _records(path, start) if KINDS[kind] == "step")
+
+
+def read_failed(path: Path, start: int = 0) -> Iterator[tuple[TicketId, str]]:
+    """(ticket, why) of tickets that failed for good, journaled from byte `start` on."""
+    for _, _, kind, payload in _records(path, start):
+        if KINDS[kind] == "failed":
+            row = json.loads(payload)
+            yield TicketId(*row["id"]), row["why"]

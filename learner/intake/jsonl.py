@@ -30,7 +30,8 @@ _INTEGER = re.compile(r"[-−]?([0-9]{1,3}(,[0-9]{3})+|[0-9]+)")
 def read_jsonl_task(recipe: Recipe) -> ProblemSet:
     """Problems of `task.train`, held-out ones of `task.heldout` or split off by seed.
 
-    A prompt that is held out is taken out of the training problems wherever it appears again.
+    A prompt that is held out is taken out of the training problems wherever it appears again, also as a list with one
+    message or with other white space; `data.py` looks once more, at the tokens.
     """
     task, wanted = recipe.task, recipe.eval.prompts
     train = read_jsonl(Path(task.train), "task.train", task)
@@ -40,8 +41,8 @@ def read_jsonl_task(recipe: Recipe) -> ProblemSet:
         where = "task.heldout" if task.heldout else "task.train"
         raise RecipeError(f"eval.prompts: found {wanted}, allowed: at most the {len(candidates)} problems of {where}")
     heldout = _draw(candidates, wanted, f"jsonl/{recipe.seed}/heldout")
-    unseen = {problem.text for problem in (heldout if apart is None else apart)}
-    kept = [problem for problem in train if problem.text not in unseen]
+    unseen = {_asked(problem) for problem in (heldout if apart is None else apart)}
+    kept = [problem for problem in train if _asked(problem) not in unseen]
     if repeated := len(train) - len(kept) - (wanted if apart is None else 0):
         logger.warning("%s: %d problems left out of training, their prompts are held out", task.train, repeated)
     if not kept:
@@ -142,6 +143,13 @@ def _solution(record: dict[str, Any]) -> str:
     if not isinstance(solution, str):
         raise ValueError(f"solution: found {_shown(solution)}, allowed: a text")
     return solution.strip()
+
+
+def _asked(problem: Problem) -> tuple[tuple[str, str], ...]:
+    """What a problem asks, whatever its form: (role, content) of each message, white space evened out."""
+    prompt = problem.prompt
+    messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+    return tuple((message["role"], " ".join(message["content"].split())) for message in messages)
 
 
 def _shown(value: Any) -> str:

@@ -8,12 +8,16 @@ microseconds.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from learner.intake.dispatcher import Dispatcher
+import numpy as np
+
+from learner.intake.dispatcher import TRAIN_EPOCH, Dispatcher
 from learner.intake.journal import Journal
 from protocol.config import WireConfig
 from protocol.messages import (
@@ -27,17 +31,22 @@ from protocol.messages import (
     Heartbeat,
     Hello,
     Message,
+    Refused,
     Rehello,
     Ticket,
     TicketId,
     Welcome,
 )  # fmt: skip
-from protocol.sockets import Hub
+from protocol.sockets import FaultCounter, Hub
 from protocol.weights import Snapshot
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
+LOGPROB_ROUNDING = 1e-3
+MAX_ERROR_CHARACTERS = 2_000
+MAX_LISTED = 10_000
+"""Tickets that one actor may list; a message with more is no heartbeat."""
 FATAL_FAILURES = 3
 """Engine failures in a row, without one group in between, after which the run gives up."""
 
@@ -70,12 +79,24 @@ class ActorTotals:
     restarted: int = 0
     max: int = 0
     generated_tokens: int = 0
+    busy_s: float = 0.0
+    """Seconds in which an engine had requests, over all actors."""
     failures: list[str] = field(default_factory=list)
     """Errors that actors reported, newest last; emptied when a group arrives."""
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Completion tokens a second of one actor while it generates."""
+        return self.generated_tokens / self.busy_s if self.busy_s else 0.0
 
-def unlike(group: Group, ticket: Ticket) -> str:
-    """What in a group does not answer its ticket; "" if all of it does."""
+
+def unlike(group: Group, ticket: Ticket, vocabulary: int, step_of: Callable[[int], int | None]) -> str:
+    """What in a group does not answer its ticket; "" if all of it does.
+
+    `step_of(version)`: training steps behind a version that was announced and not lost with a crash, else None.
+    """
+    if group.kind != ticket.kind:
+        return f"kind {group.kind}, expected {ticket.kind}"
     if group.prompt_ids != ticket.prompt_ids:
         return "another prompt"
     if len(group.completions) != ticket.group_size:
@@ -85,6 +106,16 @@ def unlike(group: Group, ticket: Ticket) -> str:
     longest = max(completion.num_tokens for completion in group.completions)
     if longest > ticket.sampling.max_tokens:
         return f"a completion of {longest} tokens, expected at most {ticket.sampling.max_tokens}"
+    token_ids, logprobs = np.frombuffer(group.token_ids, "<i4"), np.frombuffer(group.logprobs, "<f4")
+    if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocabulary):
+        return f"token ids {token_ids.min()}..{token_ids.max()}, expected 0..{vocabulary - 1}"
+    if not (np.isfinite(logprobs).all() and (logprobs <= LOGPROB_ROUNDING).all()):
+        return f"logprobs {logprobs.min()}..{logprobs.max()}, expected finite ones of at most 0"
+    oldest = step_of(ticket.min_version) or 0
+    for version in {version for completion in group.completions for version, _ in completion.spans}:
+        step = step_of(version)
+        if step is None or step < oldest or (ticket.kind == "eval" and version != ticket.min_version):
+            return f"tokens of version {version}, expected {ticket.min_version} or later ones that were announced"
     return ""
 
 
@@ -92,7 +123,14 @@ class IntakeServer(threading.Thread):
     """Serves actors until `stop`. Everything public is safe to call from the learner's thread."""
 
     def __init__(
-        self, hub: Hub, dispatcher: Dispatcher, journal: Journal, welcome: Welcome, wire: WireConfig, straggler_s: float
+        self,
+        hub: Hub,
+        dispatcher: Dispatcher,
+        journal: Journal,
+        welcome: Welcome,
+        wire: WireConfig,
+        straggler_s: float,
+        vocabulary: int,
     ) -> None:
         super().__init__(name="intake", daemon=True)
         self.hub = hub
@@ -101,11 +139,15 @@ class IntakeServer(threading.Thread):
         self.welcome = welcome
         self.wire = wire
         self.straggler_s = straggler_s
+        self.vocabulary = vocabulary
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
         """Notified when a group arrived, an actor changed its state, or the thread died."""
         self.peers: dict[bytes, Peer] = {}
         self.totals = ActorTotals()
+        self.newest_before = 0
+        """Newest version that an earlier process of this run announced: actors that outlived it may serve it."""
+        self.incidents = FaultCounter("incident")
         self.rollout_tokens = 0
         self.crash: BaseException | None = None
         self.offsets: dict[int, int] = {}
@@ -113,8 +155,11 @@ class IntakeServer(threading.Thread):
         self.swap_pauses: deque[float] = deque(maxlen=1000)
         self.swap_fetches: deque[float] = deque(maxlen=1000)
         self._known_incarnations: dict[str, str] = {}
+        self._replaced: set[tuple[str, str]] = set()
+        """(actor, incarnation) that a later incarnation of the same name has replaced: not let in again."""
         self._swaps: dict[str, int] = {}
-        self._tokens: dict[str, int] = {}
+        self._worked: dict[str, tuple[int, float]] = {}
+        """(tokens, busy seconds) that an incarnation has reported so far."""
         self._snapshots: deque[Snapshot] = deque()
         self._drain: Drain | None = None
         self._stopping = threading.Event()
@@ -171,6 +216,7 @@ class IntakeServer(threading.Thread):
             self._drain_peers()
             self._bury_silent(now)
             self._cancel_stragglers(now)
+            self._journal_failures()
             self._hand_out(now)
 
     def _receive(self, peer_id: bytes, message: Message, now: float) -> None:
@@ -183,12 +229,16 @@ class IntakeServer(threading.Thread):
             return
         peer.last_seen = now
         if isinstance(message, Heartbeat):
-            self._heartbeat(peer, message, now)
+            if fault := self._impossible(message):
+                self.hub.faults("malformed", f"heartbeat of {peer.name}: {fault}")
+            else:
+                self._heartbeat(peer, message, now)
         elif isinstance(message, Group):
             self._group(peer, message)
         elif isinstance(message, Failed):
-            log.warning("%s could not complete ticket %s: %s", peer.name, message.id, message.error)
-            self.dispatcher.give_back(message.id, peer.name, message.error, message.attempt)
+            why = message.error[:MAX_ERROR_CHARACTERS]
+            self.incidents("ticket", f"{peer.name} could not complete {message.id}: {why}")
+            self.dispatcher.give_back(message.id, peer.name, f"{peer.name}: {why}", message.attempt)
         elif isinstance(message, Goodbye):
             self._goodbye(peer, message)
         else:
@@ -196,12 +246,22 @@ class IntakeServer(threading.Thread):
 
     def _hello(self, peer_id: bytes, hello: Hello, now: float) -> None:
         """A new connection: of a new actor, of a restarted one (new incarnation) or of one that reconnected."""
+        if fault := self._impossible(hello):
+            self.hub.faults("malformed", f"hello of {hello.actor}: {fault}")
+            self.hub.send(peer_id, Refused(fault))
+            return
+        if (hello.actor, hello.incarnation) in self._replaced:
+            reason = f"another actor is called {hello.actor} and joined later; names must be unique in a run"
+            log.warning("refused %s (incarnation %s): %s", hello.actor, hello.incarnation, reason)
+            self.hub.send(peer_id, Refused(reason))
+            return
         before = self._known_incarnations.get(hello.actor)
         if before != hello.incarnation:
             lost = self.dispatcher.actor_gone(hello.actor, "the actor was restarted")
             self.totals.started += before is None
             self.totals.restarted += before is not None
             if before is not None:
+                self._replaced.add((hello.actor, before))
                 log.warning("%s is back as incarnation %s; %d leases go back", hello.actor, hello.incarnation, lost)
         self._known_incarnations[hello.actor] = hello.incarnation
         for other in [other for other in self.peers.values() if other.name == hello.actor]:
@@ -221,8 +281,23 @@ class IntakeServer(threading.Thread):
             if beat.swaps > 1:  # the first load has nothing to pause
                 self.swap_pauses.append(beat.pause_s)
                 self.swap_fetches.append(beat.fetch_s)
-        self.totals.generated_tokens += beat.generated_tokens - self._tokens.get(peer.hello.incarnation, 0)
-        self._tokens[peer.hello.incarnation] = beat.generated_tokens
+        before = self._worked.get(peer.hello.incarnation, (0, 0.0))
+        self.totals.generated_tokens += max(0, beat.generated_tokens - before[0])
+        self.totals.busy_s += max(0.0, beat.busy_s - before[1])
+        self._worked[peer.hello.incarnation] = (beat.generated_tokens, beat.busy_s)
+
+    def _impossible(self, state: Hello | Heartbeat) -> str:
+        """What no actor of this run can say; "" if it may all be true."""
+        if len(state.held) + len(state.unacked) > MAX_LISTED:
+            return f"{len(state.held) + len(state.unacked)} tickets listed, allowed: {MAX_LISTED}"
+        newest = max([self.newest_before, *self.dispatcher.step_versions.values()])
+        if not 0 <= state.version <= newest:
+            return f"serves version {state.version}, this run has announced {newest}"
+        if isinstance(state, Heartbeat):
+            figures = (state.phase_s, state.busy_s, state.fetch_s, state.pause_s)
+            if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
+                return f"figures {figures}, expected finite ones"
+        return ""
 
     def _compare(self, peer_id: bytes, actor: str, state: Hello | Heartbeat, now: float) -> None:
         """Compare an actor's absolute state with its leases.
@@ -243,8 +318,9 @@ class IntakeServer(threading.Thread):
 
         A group that is still wanted is left alone: the actor sends it again, and the first one journaled counts.
         """
-        done = tuple(ticket_id for ticket_id in stray if ticket_id in unacked and not self.dispatcher.wanted(ticket_id))
-        cancelled = tuple(ticket_id for ticket_id in stray if ticket_id not in unacked)
+        sent = set(unacked)
+        done = tuple(ticket_id for ticket_id in stray if ticket_id in sent and not self.dispatcher.wanted(ticket_id))
+        cancelled = tuple(ticket_id for ticket_id in stray if ticket_id not in sent)
         if done:
             self.hub.send(peer_id, Ack(done))
         if cancelled:
@@ -253,13 +329,13 @@ class IntakeServer(threading.Thread):
     def _group(self, peer: Peer, group: Group) -> None:
         """Journal first, then acknowledge. Duplicates and latecomers are acknowledged and dropped."""
         ticket = self.dispatcher.wanted(group.id)
-        if ticket is not None and (fault := unlike(group, ticket)):
+        if ticket is not None and (fault := unlike(group, ticket, self.vocabulary, self.dispatcher.step_of)):
             self.hub.faults("group unlike its ticket", f"{group.id} of {peer.name}: {fault}")
             self.dispatcher.give_back(group.id, peer.name, fault)
         elif ticket is not None:
             holder = self.dispatcher.holders().get(group.id)
             offset = self.journal.append_group(group)
-            if group.kind == "train":
+            if group.id.epoch == TRAIN_EPOCH:
                 self.offsets[group.id.index] = offset
             self.rollout_tokens += group.num_tokens
             self.totals.failures.clear()
@@ -271,11 +347,12 @@ class IntakeServer(threading.Thread):
         self.hub.send(peer.id, Ack((group.id,)))
 
     def _goodbye(self, peer: Peer, message: Goodbye) -> None:
-        lost = self.dispatcher.actor_gone(peer.name, message.reason)
+        lost = self.dispatcher.actor_gone(peer.name, message.error or message.reason, excused=not message.error)
         del self.peers[peer.id]
         if message.error:
-            log.error("%s failed: %s", peer.name, message.error)
-            self.totals.failures.append(f"{peer.name}: {message.error}")
+            why = message.error[:MAX_ERROR_CHARACTERS]
+            log.error("%s failed: %s", peer.name, why)
+            self.totals.failures.append(f"{peer.name}: {why}")
         else:
             log.info("%s left (%s), %d leases go back", peer.name, message.reason, lost)
 
@@ -293,6 +370,14 @@ class IntakeServer(threading.Thread):
             log.warning("ticket %s has kept the next batch waiting at %s: cancelled, issued again", ticket_id, actor)
             self.dispatcher.give_back(ticket_id, actor, f"straggled at {actor}")
             self._cancel(actor, ticket_id)
+
+    def _journal_failures(self) -> None:
+        """Before anything takes the place of a ticket that failed for good, the journal says that it did."""
+        for ticket_id, why in self.dispatcher.newly_failed:
+            log.error("ticket %s failed for good: %s", ticket_id, why)
+            if ticket_id.epoch == TRAIN_EPOCH:
+                self.journal.append_failed((ticket_id.epoch, ticket_id.index), why)
+        self.dispatcher.newly_failed.clear()
 
     def _cancel(self, actor: str, ticket_id: TicketId) -> None:
         for peer in self.peers.values():
@@ -315,7 +400,7 @@ class IntakeServer(threading.Thread):
             elif self.hub.send(peer_id, ticket):
                 free[peer_id] -= 1
             else:
-                self.dispatcher.give_back(ticket.id, peer.name, "its pipe is full")
+                self.dispatcher.give_back(ticket.id, peer.name, "its pipe is full", excused=True)
                 del free[peer_id]
 
     def _drain_peers(self) -> None:

@@ -13,8 +13,17 @@ WaitReporter = Callable[[str, float], None]
 """Called about once a second during a wait with what is waited for, and for how many seconds so far."""
 
 
+REPORT_EVERY_S = 0.5
+FATAL_TICKETS = 8
+"""Tickets in a row that fail for good, without one group in between, after which the run gives up."""
+
+
 class Interrupted(Exception):
     """The run was asked to stop while it waited."""
+
+
+class TicketsFail(Exception):
+    """Actors and engines work, but no ticket becomes a group. Carries the last cause."""
 
 
 class Source:
@@ -38,7 +47,8 @@ class Source:
     def take(self, timeout_s: float) -> list[Group]:
         """Groups of the next step: the oldest `groups_per_step` tickets, all journaled.
 
-        Raises DeadlineExceeded naming the missing tickets, EngineFailed if actors cannot go on, Interrupted.
+        `timeout_s` is the longest time without a further group. Raises DeadlineExceeded naming the missing tickets,
+        EngineFailed if actors cannot go on, TicketsFail if no ticket succeeds, Interrupted.
         """
         dispatcher = self.server.dispatcher
         began = time.monotonic()
@@ -50,9 +60,10 @@ class Source:
             return batch is not None
 
         def missing() -> str:
-            return f"{len(dispatcher.missing()) or dispatcher.groups_per_step} groups: {self._actor_phases()}"
+            count = len(dispatcher.missing()) or dispatcher.groups_per_step
+            return f"{count} groups: {self._actor_phases()}{self._last_failure()}"
 
-        self._wait(complete, missing, timeout_s)
+        self._wait(complete, missing, timeout_s, progress=lambda: len(dispatcher.train.queued))
         assert batch is not None
         self.waited_s += time.monotonic() - began
         self.server.hub.wake()
@@ -80,7 +91,7 @@ class Source:
             self.server.dispatcher.training_enabled = False
 
     def evaluate(self, tickets: list[Ticket], timeout_s: float) -> tuple[list[Group], dict[TicketId, str]]:
-        """Run evaluation tickets through the actors; groups in order, and failures. Raises as `take`."""
+        """Run evaluation tickets through the actors; groups in order, and failures. Waits and raises as `take`."""
         dispatcher = self.server.dispatcher
         with self.server.lock:
             dispatcher.start_evaluation(tickets)
@@ -92,11 +103,13 @@ class Source:
             result = dispatcher.finish_evaluation()
             return result is not None
 
-        def progress() -> str:
-            done = len(dispatcher.eval.queued)
-            return f"evaluation, {done} of {len(tickets)} problems: {self._actor_phases()}"
+        def done() -> int:
+            return len(dispatcher.eval.queued)
 
-        self._wait(finished, progress, timeout_s)
+        def state() -> str:
+            return f"evaluation, {done()} of {len(tickets)} problems: {self._actor_phases()}{self._last_failure()}"
+
+        self._wait(finished, state, timeout_s, progress=done)
         assert result is not None
         return result
 
@@ -113,24 +126,49 @@ class Source:
         return min(self.server.offsets.values(), default=self.server.journal.end)
 
     def _wait(
-        self, condition: Callable[[], bool], what: Callable[[], str], timeout_s: float, interruptible: bool = True
+        self,
+        condition: Callable[[], bool],
+        what: Callable[[], str],
+        timeout_s: float,
+        interruptible: bool = True,
+        progress: Callable[[], int] = lambda: 0,
     ) -> None:
-        began = time.monotonic()
-        reported = 0.0
-        with self.server.changed:
-            while not condition():
-                waited = time.monotonic() - began
+        """Wait for a condition, at most `timeout_s` beyond the last change of `progress`; all three run under the lock.
+
+        The report, which writes a file, is made outside it."""
+        began = changed_at = time.monotonic()
+        reported, before = began, -1
+        while True:
+            with self.server.changed:
+                if condition():
+                    return
+                now, reached = time.monotonic(), progress()
+                if reached != before:
+                    before, changed_at = reached, now
                 if self.server.crash is not None:
                     raise RuntimeError(f"the intake thread died: {self.server.crash!r}") from self.server.crash
                 if interruptible and self.should_stop():
                     raise Interrupted(what())
                 self._check_engines()
-                if waited > timeout_s:
-                    raise DeadlineExceeded(what(), waited)
-                if waited - reported > 0.5:
-                    reported = waited
-                    self.report(what(), waited)
-                self.server.changed.wait(0.5)
+                self._check_tickets()
+                if now - changed_at > timeout_s:
+                    raise DeadlineExceeded(what(), now - changed_at)
+                report = what() if now - reported > REPORT_EVERY_S else ""
+                if not report:
+                    self.server.changed.wait(REPORT_EVERY_S)
+            if report:
+                reported = now
+                self.report(report, now - began)
+
+    def _check_tickets(self) -> None:
+        """Give up when ticket after ticket fails and none succeeds: more of the same would only burn data."""
+        dispatcher = self.server.dispatcher
+        if dispatcher.failed_in_a_row >= FATAL_TICKETS:
+            raise TicketsFail(f"{dispatcher.failed_in_a_row} tickets in a row failed for good{self._last_failure()}")
+
+    def _last_failure(self) -> str:
+        failures = [*self.server.dispatcher.train.failed.values(), *self.server.dispatcher.eval.failed.values()]
+        return f"; {len(failures)} tickets failed for good, e.g. {failures[-1]}" if failures else ""
 
     def _check_engines(self) -> None:
         """Give up when engines fail over and over, or fail before any of them ever worked."""

@@ -47,7 +47,7 @@ def group_row(group: Group, config: GrpoConfig, step_of_version: StepOfVersion, 
     """A group with its advantages and lags, every completion included, in order."""
     token_ids = _buffer(group, "token_ids", group.token_ids, "<i4")
     logprobs = _buffer(group, "logprobs", group.logprobs, "<f4")
-    mask = _buffer(group, "mask", group.mask, "u1").astype(bool)
+    mask = _buffer(group, "mask", group.mask, "u1").astype(bool)  # a copy: ours to change
     samples: list[Sample] = []
     start = 0
     advantages = group_advantages(group, config)
@@ -59,19 +59,27 @@ def group_row(group: Group, config: GrpoConfig, step_of_version: StepOfVersion, 
                 f"group {group.id}, completion {index}: found version spans {completion.spans} for"
                 f" {completion.num_tokens} tokens at step {step}, expected growing starts from 0 and no later version"
             )
+        if completion.grader_error:
+            mask[part] = False
         samples.append(Sample(token_ids[part], logprobs[part], mask[part], advantage, lag))
         start += completion.num_tokens
     return Row(group.prompt_ids, tuple(samples), group.temperature)
 
 
 def group_advantages(group: Group, config: GrpoConfig) -> list[float]:
-    """One advantage for each completion, from the group's rewards alone."""
-    rewards = torch.tensor([group.rewards], dtype=torch.float32)
+    """One advantage for each completion, from the group's rewards alone.
+
+    A completion whose grader failed has no reward: it is no part of the baseline and gets advantage 0.
+    """
+    graded = torch.tensor([not completion.grader_error for completion in group.completions])
+    rewards = torch.tensor(group.rewards, dtype=torch.float32)[graded][None]
     if not rewards.isfinite().all():
         raise ValueError(f"group {group.id}: found rewards {group.rewards}, expected finite numbers")
-    if config.advantage == "group_mean_std":
-        return group_mean_std(rewards, config.std_eps)[0].tolist()
-    return group_mean(rewards)[0].tolist()
+    advantages = torch.zeros(len(group.completions))
+    if rewards.numel() > 1:
+        with_std = config.advantage == "group_mean_std"
+        advantages[graded] = (group_mean_std(rewards, config.std_eps) if with_std else group_mean(rewards))[0]
+    return advantages.tolist()
 
 
 def token_lags(
@@ -90,15 +98,19 @@ def token_lags(
 
 
 def group_stats(groups: Sequence[Group], rows: Sequence[Row]) -> dict[str, float]:
-    """What the groups say about themselves, trained on or not. Lags are in steps, over tokens."""
+    """What the groups say about themselves, trained on or not. Lags are in steps, over tokens.
+
+    Rewards are those of completions that were graded; a step in which none was has reward 0 and says `grader_errors`.
+    """
     completions = [completion for group in groups for completion in group.completions]
     samples = [sample for row in rows for sample in row.samples]
-    rewards = np.array([completion.scores["reward"] for completion in completions])
+    graded = [[c.scores["reward"] for c in group.completions if not c.grader_error] for group in groups]
+    rewards = np.array([reward for group in graded for reward in group] or [0.0])
     lags = np.concatenate([sample.lag for sample in samples])
     return {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
-        "zero_variance_share": float(np.mean([len(set(group.rewards)) == 1 for group in groups])),
+        "zero_variance_share": float(np.mean([len(set(group)) <= 1 for group in graded])),
         "completion_tokens": float(sum(completion.num_tokens for completion in completions)),
         "completion_tokens_mean": float(np.mean([completion.num_tokens for completion in completions])),
         "truncated_completions_share": float(np.mean([c.finish_reason == "length" for c in completions])),

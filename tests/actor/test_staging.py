@@ -79,10 +79,24 @@ async def test_staged_file_holds_the_version_bit_for_bit(bench: Bench) -> None:
     assert bench.files == ["owner.pid", "v1.safetensors"]
 
 
+async def test_directory_that_somebody_removed_is_made_again(bench: Bench) -> None:
+    first = await bench.fetch(snapshot(1))
+    shutil.rmtree(first.path.parent)
+    second = await bench.fetch(snapshot(2))
+    assert second.path.parent == first.path.parent
+    assert second.path.is_file()
+    assert (second.path.parent / "owner.pid").read_text() == str(os.getpid())
+
+
 async def test_directory_is_private_and_names_its_owner(bench: Bench) -> None:
     staged = await bench.fetch(snapshot(1))
     assert stat.S_IMODE(staged.path.parent.stat().st_mode) == 0o700
     assert (staged.path.parent / "owner.pid").read_text() == str(os.getpid())
+
+
+@pytest.mark.parametrize("run", ["../escaped", "/etc", "a/b"])
+def test_name_from_the_wire_never_leads_out_of_the_root(tmp_path: Path, run: str) -> None:
+    assert "/" not in Staging(run, "../actor", "abc", tmp_path).name
 
 
 async def test_only_the_version_in_service_is_kept(bench: Bench) -> None:

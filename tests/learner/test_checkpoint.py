@@ -1,7 +1,10 @@
 """Restored training goes on bit for bit; damaged checkpoints are refused by name."""
 
+import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +77,41 @@ def test_save_replaces_a_checkpoint_of_the_same_step(tmp_path: Path) -> None:
     first = (saved(tmp_path) / "weights.safetensors").stat().st_ino
     assert (saved(tmp_path) / "weights.safetensors").stat().st_ino != first
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("survived", range(6))
+def test_process_killed_while_it_replaces_a_checkpoint_always_leaves_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: int, survived: int
+) -> None:
+    """Killed at each of the first renames and removals of a `save`, the newest step is there and loads."""
+    saved(tmp_path, 1, keep)
+    saved(tmp_path, 2, keep)
+    done = 0
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done > survived:
+                raise Killed
+            return original(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", counted(Path.rename))
+        patch.setattr(checkpoint.shutil, "rmtree", counted(checkpoint.shutil.rmtree))
+        with contextlib.suppress(Killed):
+            saved(tmp_path, 2, keep)
+    latest = checkpoint.latest(tmp_path)
+    assert latest == tmp_path / "step-00000002"
+    assert checkpoint.load(latest, *fresh()) == {"cursor": [1, 2], "branch": 0}
+    assert not list(tmp_path.glob(".*")), "nothing half-finished is left"
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])

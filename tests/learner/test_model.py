@@ -95,6 +95,31 @@ def test_compute_uses_published_weights_and_gives_gradients_to_the_masters(check
             torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-4, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_compute_keeps_softmax_in_float32_and_the_gradients_direction(
+    monkeypatch: pytest.MonkeyPatch, kind: str, attention: str, checkpointing: bool
+) -> None:
+    """The path of GPUs and of CPUs with bfloat16 instructions, here without them: same type, slower."""
+    exact = policy(kind, dtype="float32")
+    monkeypatch.setattr(model_module, "pick_compute_dtype", lambda *_: torch.bfloat16)
+    model = policy(kind, dtype="bfloat16", attention=attention, checkpointing=checkpointing)
+    gradients, logprobs = [], []
+    for one in (exact, model):
+        with one.compute():
+            output = one.logprobs(pack(random_rows()), with_entropy=True)
+            output.logprobs.sum().backward()
+        logprobs.append(output.logprobs.detach())
+        gradients.append(torch.cat([p.grad.flatten() for _, p in one.named_parameters()]))
+        assert output.logprobs.dtype == output.entropy.dtype == torch.float32
+    assert (logprobs[0] - logprobs[1]).abs().mean() < 0.05
+    spacing = torch.tensor(2.0**-7)  # of bfloat16 between 1 and 2: a softmax in it gives multiples of that
+    assert ((logprobs[1] / spacing) % 1).abs().max() > 0.01
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
+    assert all(p.dtype == p.grad.dtype == torch.float32 for _, p in model.named_parameters())
+
+
 def test_logprobs_with_gradients_want_one_context_for_forward_and_backward() -> None:
     with pytest.raises(RuntimeError, match="compute"):
         policy().logprobs(pack(random_rows()), with_entropy=False)

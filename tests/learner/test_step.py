@@ -116,6 +116,35 @@ def test_train_step_gradient_equals_the_naive_padded_one(kind: str, aggregation:
     )
 
 
+def test_groups_drawn_at_another_temperature_give_the_naive_gradient_from_the_wire_on() -> None:
+    settings, model = recipe(), policy()
+    group = make_group([1.0, 0.0, 0.0], [4, 2, 3], temperature=0.7)
+    batch = make_batch([group], settings, {1: 0}.__getitem__, step=0)
+    expected, expected_loss, _ = naive_gradients(model, batch.minibatches[0].rows, settings)
+    hot = tuple(replace(row, temperature=1.0) for row in batch.minibatches[0].rows)
+    _, loss_at_one, _ = naive_gradients(model, hot, settings)
+    assert abs(loss_at_one - expected_loss) > 1e-3, "the temperature matters here"
+    found, metrics = gradients_of(model, batch, settings)
+    assert_same(found, expected)
+    assert metrics["loss"] == pytest.approx(expected_loss, rel=1e-4)
+
+
+def test_schedule_reaches_the_optimizer() -> None:
+    settings = recipe(lr=1e-3, warmup_steps=10, schedule="constant")
+    model = policy()
+    optimizer = Optimizer(model, settings.optim)
+    metrics = train_step(model, optimizer, batch_of(random_rows()), settings)
+    assert metrics["lr"] == pytest.approx(4e-4)  # step 3 of 10
+    assert optimizer.lr == metrics["lr"]
+
+
+def test_trained_token_share_says_of_how_much_the_means_are() -> None:
+    groups = [make_group(r, [4, 2, 3], index=i) for i, r in enumerate([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])]
+    batch = make_batch(groups, recipe(), {1: 0}.__getitem__, step=0)
+    _, metrics = gradients_of(policy(), batch, recipe())
+    assert metrics["trained_token_share"] == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
 def test_skip_zero_advantage_leaves_the_gradient_as_it_is(aggregation: str) -> None:
     rewards = ([1.0, 0.0, 0.5], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0])

@@ -134,9 +134,8 @@ def test_evaluation_tickets_go_first_and_have_a_ledger_of_their_own() -> None:
     dispatcher = make_dispatcher()
     before = dispatcher.counts()
     dispatcher.training_enabled = False
-    tickets = [msgspec.structs.replace(make_ticket(index), min_version=1) for index in range(3)]
-    epoch = dispatcher.start_evaluation(tickets)
-    assert epoch == -1
+    tickets = [msgspec.structs.replace(make_ticket(i), id=TicketId(-1, i), kind="eval") for i in range(3)]
+    dispatcher.start_evaluation(tickets)
     issued = issue_all(dispatcher)
     assert [ticket.id for ticket in issued] == [TicketId(-1, 0), TicketId(-1, 1), TicketId(-1, 2)]
     assert dispatcher.finish_evaluation() is None
@@ -169,7 +168,7 @@ def test_restore_queues_journaled_groups_and_issues_the_rest_again() -> None:
 
     resumed = make_dispatcher(groups_per_step=2, max_lag=1, steps=5)
     journaled = [make_group(make_ticket(index)) for index in (0, 2, 3, 6)]  # 0 was trained, 6 came after the checkpoint
-    assert resumed.restore(state, journaled, version=9) == [TicketId(0, 2), TicketId(0, 3)]
+    assert resumed.restore(state, journaled, version=9) == [2, 3, 6]
     assert resumed.counts()["trained"] == 2
     assert [group.id.index for group in resumed.take() or []] == [2, 3]
     resumed.published(2, 10)
@@ -179,15 +178,54 @@ def test_restore_queues_journaled_groups_and_issues_the_rest_again() -> None:
     assert TicketId(0, 6) in resumed.train.queued, "its journaled group needs no actor"
 
 
-class RandomSchedules(RuleBasedStateMachine):
-    """Actors join, die, duplicate, delay and lose groups in any order; the learner takes and commits when it can."""
+def test_restore_keeps_the_place_of_a_ticket_that_failed_after_the_checkpoint() -> None:
+    dispatcher = make_dispatcher(groups_per_step=2, max_lag=0, max_attempts=1)
+    state = dispatcher.state()
+    tickets = issue_all(dispatcher)
+    dispatcher.give_back(tickets[0].id, "a", "no")
+    assert dispatcher.newly_failed == [(TicketId(0, 0), "no")]
+    assert [ticket.id.index for ticket in issue_all(dispatcher)] == [2]
 
-    @initialize(groups_per_step=st.integers(1, 3), max_lag=st.integers(0, 3), steps=st.integers(1, 6))
-    def start(self, groups_per_step: int, max_lag: int, steps: int) -> None:
-        self.dispatcher = make_dispatcher(
-            groups_per_step=groups_per_step, max_lag=max_lag, steps=steps, max_attempts=1000
-        )
+    resumed = make_dispatcher(groups_per_step=2, max_lag=0)
+    journaled = [make_group(make_ticket(index)) for index in (1, 2)]
+    resumed.restore(state, journaled, version=2, failed=dispatcher.newly_failed)
+    assert issue_all(resumed, version=2) == [], "tickets 1 and 2 are the first batch again, and nothing else is drawn"
+    assert [group.id.index for group in resumed.take() or []] == [1, 2]
+    assert resumed.counts()["failed"] == 1
+
+
+def test_excused_attempts_do_not_count_against_a_ticket() -> None:
+    dispatcher = make_dispatcher(groups_per_step=1, max_lag=0, max_attempts=2)
+    for _ in range(10):
+        issue_all(dispatcher)
+        dispatcher.actor_gone("a", "scaled down", excused=True)
+    issue_all(dispatcher)
+    dispatcher.actor_gone("a", "died")
+    assert dispatcher.counts()["failed"] == 0
+    issue_all(dispatcher)
+    dispatcher.actor_gone("a", "died again")
+    assert dispatcher.counts()["failed"] == 1
+
+
+class RandomSchedules(RuleBasedStateMachine):
+    """Actors join, die, fail, duplicate, delay and lose groups in any order; the learner takes and commits when it can,
+    writes checkpoints, crashes and comes back with its journal."""
+
+    @initialize(
+        groups_per_step=st.integers(1, 3),
+        max_lag=st.integers(0, 3),
+        steps=st.integers(1, 6),
+        max_attempts=st.sampled_from([1, 2, 1000]),
+    )
+    def start(self, groups_per_step: int, max_lag: int, steps: int, max_attempts: int) -> None:
+        self.shape = {
+            "groups_per_step": groups_per_step, "max_lag": max_lag, "steps": steps, "max_attempts": max_attempts
+        }  # fmt: skip
+        self.dispatcher = make_dispatcher(**self.shape)
         self.steps, self.max_lag = steps, max_lag
+        self.journal: list[Group] = []
+        self.journal_failed: list[tuple[TicketId, str]] = []
+        self.checkpoint = (self.dispatcher.state(), 0)
         self.version = 1
         self.step_of_version = {1: 0}
         self.engine = dict.fromkeys(ACTORS, 1)
@@ -207,18 +245,51 @@ class RandomSchedules(RuleBasedStateMachine):
     @precondition(lambda self: self.holding)
     @rule(data=st.data())
     def complete(self, data: st.DataObject) -> None:
-        _, ticket, version = self.holding.pop(data.draw(st.integers(0, len(self.holding) - 1)))
-        group = make_group(ticket, version)
-        self.sent.append(group)
-        self.dispatcher.receive(group)
+        actor, ticket, version = self.holding.pop(data.draw(st.integers(0, len(self.holding) - 1)))
+        self.arrive(actor, make_group(ticket, version))
+
+    def arrive(self, actor: str, group: Group) -> None:
+        """As the server does it: a group of lost or too old weights is refused, a good one journaled."""
+        wanted, step = self.dispatcher.wanted(group.id), self.dispatcher.step_of(group.completions[0].spans[0][0])
+        if wanted is not None and (step is None or step < (self.dispatcher.step_of(wanted.min_version) or 0)):
+            self.dispatcher.give_back(group.id, actor, "lost weights")
+        elif wanted is not None:
+            self.journal.append(group)
+            self.sent.append(group)
+            assert self.dispatcher.receive(group)
+        else:
+            assert not self.dispatcher.receive(group)
+
+    @precondition(lambda self: self.holding)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        actor, ticket, _ = self.holding.pop(data.draw(st.integers(0, len(self.holding) - 1)))
+        self.dispatcher.give_back(ticket.id, actor, "no", ticket.attempt)
+
+    @rule()
+    def save(self) -> None:
+        self.checkpoint = (self.dispatcher.state(), len(self.trained))
+
+    @rule()
+    def crash(self) -> None:
+        """The learner comes back at its checkpoint. Actors go on with their tickets and the weights they serve."""
+        state, trained = self.checkpoint
+        del self.trained[trained:]
+        self.dispatcher = make_dispatcher(**self.shape)
+        self.version += 1
+        self.step_of_version[self.version] = state["step"]
+        first_groups = {group.id: group for group in reversed(self.journal)}.values()
+        self.dispatcher.restore(state, first_groups, self.version, self.journal_failed, self.step_of_version)
+        self.dispatcher.published(state["step"], self.version)
 
     @precondition(lambda self: self.sent)
     @rule(data=st.data())
     def duplicate(self, data: st.DataObject) -> None:
         wanted_before = self.dispatcher.counts()["queued"]
         group = data.draw(st.sampled_from(self.sent))
-        accepted = self.dispatcher.receive(group)
-        assert not accepted
+        if self.dispatcher.wanted(group.id) is not None:
+            return  # lost with a crash, and to be drawn again
+        assert not self.dispatcher.receive(group)
         assert self.dispatcher.counts()["queued"] == wanted_before
 
     @rule(actor=st.sampled_from(ACTORS), still_working=st.booleans())
@@ -253,6 +324,7 @@ class RandomSchedules(RuleBasedStateMachine):
         step = self.dispatcher.step
         for group in batch:
             lag = step - self.step_of_version[group.completions[0].spans[0][0]]
+            assert lag >= 0, "tokens of weights that are still to come"
             self.largest_lag = max(self.largest_lag, lag)
             self.trained.append(group.id.index)
         self.version += 1
@@ -264,6 +336,8 @@ class RandomSchedules(RuleBasedStateMachine):
     def accounts(self) -> None:
         if hasattr(self, "dispatcher"):
             self.dispatcher.check()
+            self.journal_failed += self.dispatcher.newly_failed
+            self.dispatcher.newly_failed.clear()
             assert len(self.trained) == len(set(self.trained)), "a ticket was trained on twice"
             assert self.trained == sorted(self.trained), "batches are in ticket order"
             assert self.largest_lag <= self.max_lag
@@ -277,12 +351,14 @@ class RandomSchedules(RuleBasedStateMachine):
         for _ in range(10 * self.steps * self.dispatcher.groups_per_step):
             self.update_engine("a")
             self.issue("a")
-            for _, ticket, version in self.holding:
-                self.dispatcher.receive(make_group(ticket, version))
+            for actor, ticket, version in self.holding:
+                self.arrive(actor, make_group(ticket, version))
             self.holding.clear()
             self.train()
-        assert self.trained == list(range(self.steps * self.dispatcher.groups_per_step))
-        assert self.dispatcher.counts()["trained"] == self.dispatcher.counts()["issued"] == len(self.trained)
+        counts, failed = self.dispatcher.counts(), {ticket_id.index for ticket_id in self.dispatcher.train.failed}
+        assert len(self.trained) == counts["trained"] == self.steps * self.dispatcher.groups_per_step
+        assert sorted({*self.trained, *failed}) == list(range(counts["issued"]))
+        assert not {*self.trained} & failed
 
 
 RandomSchedules.TestCase.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)

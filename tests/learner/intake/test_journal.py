@@ -9,7 +9,14 @@ import msgspec
 import pytest
 
 from learner.intake import journal as journal_module
-from learner.intake.journal import Journal, JournalError, read_groups, read_steps
+from learner.intake.journal import (
+    Journal,
+    JournalError,
+    read_failed,
+    read_groups,
+    read_groups_with_offsets,
+    read_steps,
+)
 from protocol.messages import Completion, Group, TicketId
 
 
@@ -121,24 +128,50 @@ def test_damaged_byte_before_the_last_record_is_an_error_wherever_it_is(path: Pa
             data = bytearray(whole)
             data[position] ^= mask
             damaged.write_bytes(data)
-            with pytest.raises(JournalError, match=r"damaged\.journal: (no record at|damaged record before) byte"):
+            with pytest.raises(JournalError, match=r"damaged\.journal: (damaged between bytes|no record at byte 0)"):
                 list(read_groups(damaged))
             with pytest.raises(JournalError):
                 Journal(damaged)
             assert damaged.read_bytes() == data, "nothing was cut away"
 
 
-def test_damaged_last_record_is_never_taken_for_a_group(path: Path) -> None:
+def test_damaged_last_record_is_a_torn_tail(path: Path) -> None:
+    """After a power loss the last bytes may be anything, also with a record that is there in full length."""
     _, start, end = write(path, group(0), group(1))
     whole = path.read_bytes()
     for position in range(start, end):
         data = bytearray(whole)
         data[position] ^= 0x10
         path.write_bytes(data)
-        try:
-            assert list(read_groups(path)) == [group(0)]
-        except JournalError:
-            assert position < end
+        assert list(read_groups(path)) == [group(0)]
+
+
+@pytest.mark.parametrize("records", [0, 2])
+def test_zeros_that_were_never_written_over_are_a_torn_tail(path: Path, records: int) -> None:
+    end = write(path, *(group(index) for index in range(records)))[-1]
+    path.write_bytes(path.read_bytes() + bytes(5000))
+    assert list(read_groups(path)) == [group(index) for index in range(records)]
+    log = Journal(path)
+    assert log.end == end
+    log.close()
+
+
+def test_failures_are_read_back_and_are_no_groups(path: Path) -> None:
+    log = Journal(path)
+    log.append_failed((0, 7), "the grader is on fire")
+    offset = log.append_group(group(1))
+    log.append_failed((0, 8), "so is this one")
+    log.close()
+    assert list(read_failed(path)) == [(TicketId(0, 7), "the grader is on fire"), (TicketId(0, 8), "so is this one")]
+    assert list(read_failed(path, offset)) == [(TicketId(0, 8), "so is this one")]
+    assert list(read_groups_with_offsets(path)) == [(offset, group(1))]
+
+
+def test_journal_that_ends_before_a_checkpoint_is_refused(path: Path) -> None:
+    end = write(path, group(0))[-1]
+    with pytest.raises(JournalError, match=rf"ends at byte {end}, but a checkpoint reads it from byte {end + 1} on"):
+        list(read_groups(path, end + 1))
+    assert list(read_groups(path, end)) == []
 
 
 def test_file_of_something_else_is_refused(path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,9 @@ import pytest
 
 from actor.fake_engine import EOS, FakeEngine, completion_length, draw
 from actor.rollout import completion_seed
-from learner.intake.journal import read_groups, read_steps
+from learner.intake.journal import Journal, read_failed, read_groups, read_groups_with_offsets, read_steps
 from learner.intake.server import FATAL_FAILURES, unlike
-from learner.intake.source import Interrupted
+from learner.intake.source import FATAL_TICKETS, Interrupted, TicketsFail
 from protocol.errors import DeadlineExceeded, EngineFailed
 from protocol.messages import (
     Ack,
@@ -24,6 +27,7 @@ from protocol.messages import (
     Drain,
     Failed,
     Group,
+    Heartbeat,
     Hello,
     ManifestRequest,
     Refused,
@@ -219,7 +223,7 @@ def test_evaluation_with_training_paused_measures_exactly_one_version(tmp_path: 
         intake.source.pause_training()
         version = intake.publish(3)
         issued = intake.dispatcher.counts()["issued"]
-        tickets = [msgspec.structs.replace(make_ticket(100 + i), min_version=version) for i in range(20)]
+        tickets = [eval_ticket(i, version) for i in range(20)]
         groups, failed = intake.source.evaluate(tickets, DEADLINE_S)
         assert failed == {}
         assert [group.prompt_ids for group in groups] == [ticket.prompt_ids for ticket in tickets]
@@ -237,7 +241,7 @@ def test_evaluation_reports_tickets_that_failed_for_good(tmp_path: Path) -> None
         puppet.hello()
         puppet.next(Welcome)
         with intake.server.lock:
-            intake.dispatcher.start_evaluation([make_ticket(0), make_ticket(1)])
+            intake.dispatcher.start_evaluation([eval_ticket(0, 1), eval_ticket(1, 1)])
         good, bad = puppet.next(Ticket, 2)
         puppet.send(group_of(good))
         puppet.send(Failed(bad.id, 1, "no"))
@@ -246,7 +250,13 @@ def test_evaluation_reports_tickets_that_failed_for_good(tmp_path: Path) -> None
         puppet.send(Failed(bad.id, 2, "never"))
         groups, failed = until(lambda: locked(intake, intake.dispatcher.finish_evaluation), "the evaluation")
         assert [group.id for group in groups] == [good.id]
-        assert failed == {bad.id: "never"}
+        assert failed == {bad.id: "actor-9: never"}
+
+
+def eval_ticket(index: int, version: int) -> Ticket:
+    return msgspec.structs.replace(
+        make_ticket(100 + index), id=TicketId(-version, index), kind="eval", min_version=version
+    )
 
 
 def locked(intake: Intake, function: Any) -> Any:
@@ -330,7 +340,7 @@ def test_group_is_not_acknowledged_when_the_journal_cannot_be_written(
             intake.source.take(DEADLINE_S)
         intake.server.stop()
         intake.journal.close()
-        assert not puppet._sock.poll(100) or Ack not in {type(m) for m in puppet.received}
+        assert Ack not in {type(message) for message in puppet.rest()}
 
 
 def test_duplicate_is_acknowledged_and_dropped(tmp_path: Path) -> None:
@@ -410,7 +420,7 @@ def test_failed_ticket_is_issued_again_and_then_left_out(tmp_path: Path) -> None
         puppet.send(Failed(ticket.id, 2, "still on fire"))
         (replacement,) = puppet.next(Ticket)
         assert replacement.id.index == 1
-        assert intake.dispatcher.train.failed == {FIRST: "still on fire"}
+        assert intake.dispatcher.train.failed == {FIRST: "actor-9: still on fire"}
         puppet.send(group_of(replacement))
         assert indices(train(intake, 1)) == [1]
 
@@ -560,6 +570,103 @@ def test_take_names_what_it_waits_for_when_the_deadline_passes(tmp_path: Path) -
                 intake.source.take(DEADLINE_S)
 
 
+def test_only_the_newest_of_two_actors_with_one_name_takes_part(tmp_path: Path) -> None:
+    """The one that joined first is told, and no lease goes to and fro."""
+    with Intake(tmp_path, max_attempts=2) as intake, Puppet(intake.address) as first:
+        leased(intake, first, 4)
+        with Puppet(intake.address, incarnation="p2") as second:
+            second.hello()
+            second.next(Welcome)
+            tickets = second.next(Ticket, 4)
+            for _ in range(5):
+                first.hello()
+                assert "another actor is called actor-9" in first.next(Refused)[0].reason
+            assert len(intake.server.peers) == 1
+            for ticket in tickets:
+                second.send(group_of(ticket))
+            assert indices([intake.source.take(DEADLINE_S)]) == [0, 1, 2, 3]
+            assert intake.server.totals.restarted == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"pause_s": math.nan}, "figures"),
+        ({"busy_s": math.inf}, "figures"),
+        ({"phase_s": -1.0}, "figures"),
+        ({"version": 2}, "serves version 2, this run has announced 1"),
+        ({"version": -1}, "serves version -1"),
+        ({"held": tuple(TicketId(0, n) for n in range(10_001))}, "10001 tickets listed, allowed: 10000"),
+    ],
+)
+def test_heartbeat_that_cannot_be_true_is_counted_and_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any], fault: str
+) -> None:
+    with Intake(tmp_path) as intake, Puppet(intake.address) as puppet:
+        tickets = leased(intake, puppet, 4)
+        sound = Heartbeat(tuple(t.id for t in tickets), (), 4, 1, "serving", 0.0, swaps=5, pause_s=0.5)
+        puppet.send(msgspec.structs.replace(sound, **change))
+        puppet.send(sound)
+        puppet.next(Beat)
+        assert intake.hub.faults.counts == {"malformed": 1}
+        assert fault in caplog.text
+        assert list(intake.server.swap_pauses) == [0.5]
+        assert all(peer.version == 1 for peer in intake.server.peers.values())
+
+
+def test_actor_that_serves_what_this_run_never_announced_is_refused(tmp_path: Path) -> None:
+    """It comes from another run, or from a run of this name that was begun anew."""
+    with Intake(tmp_path) as intake, Puppet(intake.address) as puppet:
+        intake.publish(0)
+        puppet.hello(version=3)
+        assert puppet.next(Refused)[0].reason == "serves version 3, this run has announced 1"
+        assert intake.server.peers == {}
+
+
+def test_run_gives_up_with_the_cause_when_every_ticket_fails(tmp_path: Path) -> None:
+    with Intake(tmp_path, max_attempts=1, steps=20) as intake, Puppet(intake.address) as puppet:
+        (ticket, *_) = leased(intake, puppet, 1)
+        with ThreadPoolExecutor(1) as pool:
+            taking = pool.submit(intake.source.take, DEADLINE_S)
+            for _ in range(FATAL_TICKETS):
+                puppet.send(Failed(ticket.id, 1, "ValueError: no such grader" + "!" * 10_000))
+                (ticket,) = [t for t in puppet.tickets if t.id.index == ticket.id.index + 1] or puppet.next(Ticket)
+            with pytest.raises(TicketsFail, match=r"8 tickets in a row failed .* actor-9: ValueError: no such grader!"):
+                taking.result(DEADLINE_S)
+        assert all(len(why) < 2_100 for why in intake.dispatcher.train.failed.values())
+        failed = dict(read_failed(intake.journal.path))
+    assert [ticket_id.index for ticket_id in failed] == list(range(FATAL_TICKETS)), "a replay must know of them"
+
+
+def test_deadline_of_a_wait_starts_again_with_each_group(tmp_path: Path) -> None:
+    """40 problems at two at a time take 20 x as long as one, and no deadline passes that one keeps."""
+    with Intake(tmp_path, token_s=0.01) as intake, ActorThread(intake.address):
+        version = intake.publish(0)
+        intake.source.wait_for_actor(version, DEADLINE_S)
+        began = time.monotonic()
+        groups, failed = intake.source.evaluate([eval_ticket(i, version) for i in range(300)], 1.0)
+        assert (len(groups), failed) == (300, {})
+        assert time.monotonic() - began > 1.0, "otherwise this shows nothing"
+
+
+def test_report_of_a_wait_is_made_outside_the_lock(tmp_path: Path) -> None:
+    """It writes a file; heartbeats are answered meanwhile."""
+    with Intake(tmp_path) as intake, Puppet(intake.address) as puppet:
+        leased(intake, puppet, 1)
+        answered: list[bool] = []
+
+        def slow_disk(what: str, waited: float) -> None:
+            puppet.beat()
+            puppet.next(Beat)
+            answered.append(True)
+            intake.stop_requested.set()
+
+        intake.source.report = slow_disk
+        with pytest.raises(Interrupted):
+            intake.source.take(DEADLINE_S)
+        assert answered == [True]
+
+
 # --- a learner that comes back ---
 
 
@@ -575,8 +682,7 @@ def test_learner_restarted_on_the_same_port_loses_nothing_and_trains_nothing_twi
             lost_steps = train(first, 4)
             kept = {group.id.index: group for group in read_groups(tmp_path / "groups.journal", offset)}
         # killed here: steps 3 and 4 are lost, groups are under way, the actors keep running
-        second = Intake(tmp_path, steps=6, token_s=0.005, port=port)
-        second.version = first.version
+        second = Intake(tmp_path, steps=6, token_s=0.005, port=port, version=first.version)
         version = second.version + 1
         second.dispatcher.restore(state, read_groups(tmp_path / "groups.journal", offset), version)
         with second:
@@ -599,6 +705,29 @@ def test_learner_restarted_on_the_same_port_loses_nothing_and_trains_nothing_twi
                 assert all(before < after for before, after in pairwise(numbers))
 
 
+def test_second_crash_costs_no_group_that_the_first_resume_had_not_reached(tmp_path: Path) -> None:
+    """Killed, resumed, and killed again after a checkpoint in between: what waits for its step stays in the journal."""
+    journal = Journal(tmp_path / "groups.journal")
+    offsets = [journal.append_group(group_of(make_ticket(index))) for index in range(6)]
+    journal.close()
+    fresh = Intake(tmp_path, groups_per_step=2, max_lag=0, version=1)
+    state = fresh.dispatcher.state()
+    fresh.hub.close()
+    fresh.journal.close()
+    resumed = Intake(tmp_path, groups_per_step=2, max_lag=0, version=1)
+    found = list(read_groups_with_offsets(tmp_path / "groups.journal", 0))
+    kept = resumed.dispatcher.restore(state, [group for _, group in found], 2)
+    assert kept == [0, 1, 2, 3, 4, 5]
+    resumed.server.offsets = {group.id.index: offset for offset, group in found}
+    with resumed, Puppet(resumed.address) as puppet:
+        resumed.publish(0)
+        puppet.hello(version=2)
+        resumed.source.resume_training()
+        assert indices([resumed.source.take(DEADLINE_S)]) == [0, 1]
+        resumed.source.commit(1, resumed.publish(1))
+        assert resumed.source.replay_offset() == offsets[2]
+
+
 def test_group_that_was_not_acknowledged_is_sent_again_to_the_restarted_learner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -613,8 +742,7 @@ def test_group_that_was_not_acknowledged_is_sent_again_to_the_restarted_learner(
             first.source.resume_training()
             until(lambda: actor.loop.unacked, "a group")
             state = locked(first, first.dispatcher.state)
-        second = Intake(tmp_path, steps=1, groups_per_step=1, max_lag=0, port=port)
-        second.version = 1
+        second = Intake(tmp_path, steps=1, groups_per_step=1, max_lag=0, port=port, version=1)
         second.dispatcher.restore(state, journal_of(tmp_path), second.version)
         with second:
             second.source.resume_training()
@@ -633,7 +761,7 @@ def test_actor_says_hello_once_for_many_frames_that_a_restarted_learner_does_not
             first.source.wait_for_actor(1, DEADLINE_S)
         silent_since = actor.loop.phase_since
         until(lambda: actor.loop._heartbeat().phase_s > 0.5 or silent_since != actor.loop.phase_since, "silence")
-        second = Intake(tmp_path, heartbeat_s=0.5, dead_after_s=5, port=port)
+        second = Intake(tmp_path, heartbeat_s=0.5, dead_after_s=5, port=port, version=1)
         hellos: list[bytes] = []
         receive = second.server._receive
 
@@ -642,7 +770,6 @@ def test_actor_says_hello_once_for_many_frames_that_a_restarted_learner_does_not
             receive(peer, message, now)
 
         second.server._receive = counted  # type: ignore[method-assign]
-        second.version = 1
         with second:
             second.publish(0)
             batches = train(second, 2)
@@ -657,14 +784,29 @@ def test_actor_says_hello_once_for_many_frames_that_a_restarted_learner_does_not
         ({"prompt_ids": (9,)}, "another prompt"),
         ({"temperature": 0.7}, "temperature 0.7, expected 1.0"),
         ({"completions": ()}, "0 completions, expected 2"),
+        ({"kind": "eval"}, "kind eval, expected train"),
+        ({"token_ids": np.array([1, -5], "<i4").tobytes()}, "token ids -5..1, expected 0..9"),
+        ({"token_ids": np.array([1, 10], "<i4").tobytes()}, "token ids 1..10, expected 0..9"),
+        ({"logprobs": np.array([np.nan, -1], "<f4").tobytes()}, "logprobs nan..nan, expected finite ones of at most 0"),
+        ({"logprobs": np.array([0.5, -1], "<f4").tobytes()}, "logprobs -1.0..0.5, expected finite ones of at most 0"),
     ],
 )
 def test_unlike_names_what_in_a_group_does_not_answer_its_ticket(changes: dict[str, Any], fault: str) -> None:
     ticket = make_ticket(3)
-    assert unlike(msgspec.structs.replace(group_of(ticket), **changes), ticket) == fault
+    assert unlike(msgspec.structs.replace(group_of(ticket), **changes), ticket, 10, {1: 0}.get) == fault
+
+
+@pytest.mark.parametrize(("version", "sound"), [(3, False), (4, True), (5, True), (6, True), (7, False), (999, False)])
+def test_unlike_refuses_tokens_of_versions_that_are_too_old_or_were_never_announced(version: int, sound: bool) -> None:
+    """The ticket asks for version 5, of step 2; version 4 is of the same step, version 7 was lost in a crash."""
+    ticket = msgspec.structs.replace(make_ticket(3), min_version=5)
+    fault = unlike(group_of(ticket, version=version), ticket, 10, {3: 1, 4: 2, 5: 2, 6: 3}.get)
+    assert fault == ("" if sound else f"tokens of version {version}, expected 5 or later ones that were announced")
+    evaluated = msgspec.structs.replace(ticket, kind="eval", id=TicketId(-5, 0))
+    assert (unlike(group_of(evaluated, version=version), evaluated, 10, {4: 2, 5: 2, 6: 3}.get) == "") == (version == 5)
 
 
 def test_unlike_refuses_completions_longer_than_the_ticket_allows() -> None:
     ticket = make_ticket(3)
     shorter = msgspec.structs.replace(ticket, sampling=Sampling(max_tokens=0))
-    assert "expected at most 0" in unlike(group_of(ticket), shorter)
+    assert "expected at most 0" in unlike(group_of(ticket), shorter, 10, {1: 0}.get)

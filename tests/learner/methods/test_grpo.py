@@ -94,6 +94,30 @@ def test_make_batch_leaves_out_empty_and_wholly_masked_completions() -> None:
     assert (minibatch.num_tokens, minibatch.num_sequences) == (2, 3)
 
 
+def test_make_batch_holds_a_failed_grader_against_nobody() -> None:
+    """Three right answers and one whose grader timed out are no signal; with a wrong one, three make the baseline."""
+    errors = ("", "", "", "time limit of 5 s")
+
+    def graded(*rewards: float) -> Group:
+        group = make_group([*rewards, 0.0], [2, 2, 2, 2], [((5, 0),)] * 4)
+        completions = [replace(c, grader_error=error) for c, error in zip(group.completions, errors, strict=True)]
+        return replace(group, completions=tuple(completions))
+
+    (none,) = make(recipe(), [graded(1.0, 1.0, 1.0)]).minibatches
+    assert none.rows == ()
+    batch = make(recipe(), [graded(1.0, 1.0, 0.0)])
+    (row,) = batch.minibatches[0].rows
+    assert [sample.advantage for sample in row.samples] == pytest.approx([1 / 3, 1 / 3, -2 / 3])
+    assert batch.stats["reward_mean"] == pytest.approx(2 / 3)
+    assert batch.stats["grader_errors"] == 1
+    assert batch.minibatches[0].num_tokens == 6
+
+
+def test_row_has_the_temperature_of_its_group() -> None:
+    group = make_group([1.0, 0.0, 0.0], [2, 2, 2], [((5, 0),)] * 3, temperature=0.7)
+    assert [row.temperature for row in make(recipe(), [group]).minibatches[0].rows] == [0.7]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

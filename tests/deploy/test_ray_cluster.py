@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.launch import share_gpus, split_gpus, visible_gpus
+from deploy.ray_cluster import share_gpus, split_gpus, visible_gpus
 from protocol.config import Recipe, parse_recipe
 
 

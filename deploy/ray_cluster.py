@@ -1,0 +1,154 @@
+"""Ray for a run: one of its own on loopback, or a cluster joined with `--ray-address`; the rollout actors in it; GPUs.
+
+A Ray of our own lives in a temporary directory that is removed afterwards. In a joined cluster the actors run on the
+launcher's own node, since the learner's sockets are on loopback; its Ray must accept the token of this environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from protocol.config import Recipe
+from protocol.errors import RecipeError
+from protocol.rundir import RunDir
+
+OWNER_FILE = "owner.pid"
+RAY_DIR_PREFIX = "tandem-ray-"
+CONNECT_S = 5.0
+
+# --- GPUs -----------------------------------------------------------------------------------------------------------
+
+
+def share_gpus(recipe: Recipe, gpus: int) -> Recipe:
+    """The recipe with `actor.gpus` filled in where it is 0: one for each actor, or a part of the only one's half."""
+    if recipe.actor.gpus or not gpus or recipe.actor.engine == "fake":
+        return recipe
+    share = 1.0 if gpus > 1 else 0.5 / max(1, recipe.actor.count)
+    return recipe.model_copy(update={"actor": recipe.actor.model_copy(update={"gpus": share})})
+
+
+def split_gpus(visible: list[str]) -> tuple[list[str], list[str]]:
+    """(GPUs of the actors, GPUs of the learner): the learner gets the last one of several, all share the only one."""
+    return (visible[:-1], visible[-1:]) if len(visible) > 1 else (visible, visible)
+
+
+def visible_gpus(count: int) -> list[str]:
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES spells them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in named.split(",") if name.strip()] if named else [str(i) for i in range(count)]
+
+
+# --- Ray ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ray_runtime(recipe: Recipe, address: str) -> Iterator[None]:
+    """Ray while the run lasts: joined where an address is given, else one of our own on loopback.
+
+    Raises RecipeError for a cluster that cannot be joined."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {"address": address} if address else _own_ray(recipe, stack)
+        import ray  # after the environment is set: Ray reads token and addresses when it is loaded
+
+        stack.callback(ray.shutdown)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            if not address:
+                raise
+            raise RecipeError(f"--ray-address: {address!r} cannot be joined: {error}") from None
+        yield
+
+
+def check_ray_address(address: str) -> None:
+    """Raise RecipeError unless somebody listens there; Ray itself would try for minutes. "auto" is left to Ray."""
+    if address == "auto":
+        return
+    host, colon, port = address.rpartition(":")
+    if "://" in address or not colon or not port.isdigit():
+        raise RecipeError(f'--ray-address: found {address!r}, allowed: HOST:PORT of a cluster\'s head, or "auto"')
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise RecipeError(
+            f"--ray-address: nobody listens at {address} ({error}); allowed: what `ray start --head` printed"
+        ) from None
+
+
+def _own_ray(recipe: Recipe, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Options of a Ray of this run alone, and the temporary directory that it lives in (its path must be short)."""
+    directory = Path(tempfile.mkdtemp(prefix=RAY_DIR_PREFIX))
+    stack.callback(shutil.rmtree, directory, ignore_errors=True)
+    (directory / OWNER_FILE).write_text(str(os.getpid()))
+    _make_ray_token(directory / "token")
+    # Ray's switch for a single machine, of which it makes a default on desktops only: without it, every service
+    # listens on all interfaces, whatever `_node_ip_address` says.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    return {
+        "address": "local",
+        "num_cpus": max(os.cpu_count() or 1, int(recipe.actor.count * recipe.actor.cpus) + 1),
+        "include_dashboard": False,
+        "object_store_memory": 100 << 20,
+        "_temp_dir": str(directory),
+    }
+
+
+def _make_ray_token(path: Path) -> None:
+    """Ray's own processes talk to each other with a token of this run, in a file that only its user reads."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+@contextlib.contextmanager
+def rollout_actors(recipe: Recipe, run: RunDir) -> Iterator[list[Any]]:
+    """The run's rollout actors, removed at the end. Ray restarts them in between.
+
+    Raises RecipeError if this node has not what they ask for."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from actor.cluster import RemoteRolloutActor
+
+    node = ray.get_runtime_context().get_node_id()
+    check_resources(recipe, next(entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node))
+    actors = [
+        RemoteRolloutActor.options(
+            name=f"tandem-{run.label}-actor-{number}",
+            num_cpus=recipe.actor.cpus,
+            num_gpus=recipe.actor.gpus,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        ).remote(
+            str(run.endpoint), f"actor-{number}", str(run.logs / f"actor-{number}.log"), recipe.wire.lost_learner_s
+        )
+        for number in range(recipe.actor.count)
+    ]
+    try:
+        yield actors
+    finally:
+        for actor in actors:
+            with contextlib.suppress(Exception):
+                ray.kill(actor, no_restart=True)
+
+
+def check_resources(recipe: Recipe, node: dict[str, float]) -> None:
+    """Raise RecipeError if the actors can never fit a node with these resources, as Ray names them."""
+    for key, kind, each in (("actor.cpus", "CPU", recipe.actor.cpus), ("actor.gpus", "GPU", recipe.actor.gpus)):
+        has = node.get(kind, 0.0)
+        if each * recipe.actor.count > has:
+            raise RecipeError(
+                f"{key}: found {each:g} for each of {recipe.actor.count} actors, but the Ray node of this machine has"
+                f" {has:g} {kind}s in all; allowed: at most {has / recipe.actor.count:g}"
+            )
