@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import platform
 import signal
 import sys
@@ -34,7 +35,7 @@ async def run_until_signalled(learner: str, name: str, lost_learner_s: float) ->
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m actor", description=__doc__)
     parser.add_argument("learner", help="tcp://HOST:PORT, or the run's endpoint.json")
-    parser.add_argument("--name", default=f"{platform.node()}-0", help="unique among the actors of the run")
+    parser.add_argument("--name", default=f"{platform.node()}-{os.getpid()}", help="unique among the actors of the run")
     parser.add_argument("--lost-learner-s", type=float, default=120.0, help="silence after which the actor gives up")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -1,7 +1,7 @@
 """The actor: keeps the engine saturated with tickets, sends each group when it is complete, follows the weights.
 
 One asyncio loop. Three things run beside each other: messages of the learner (`_listen`), heartbeats with absolute
-state (`_beat`), and weights (`_follow_weights`); each ticket is a task of its own. Whatever the learner has not
+state (`_beat`), and weights (`follower.py`); each ticket is a task of its own. Whatever the learner has not
 acknowledged is kept and sent again after a reconnection. The loop ends when the learner drains it, refuses it or is
 gone for too long, or when the engine fails; Ray starts a new process then.
 """
@@ -16,15 +16,17 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import TypeVar
 
 from actor.engine import Engine
+from actor.follower import WeightFollower
+from actor.gate import EngineGate
 from actor.grading import GraderPool
 from actor.rollout import rollout
 from actor.staging import Staging
-from protocol.errors import DeadlineExceeded, EngineFailed, WeightsError
+from protocol.errors import EngineFailed
 from protocol.messages import (
     Ack,
     Beat,
@@ -48,8 +50,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 HELLO_EVERY_S = 2.0
-RETRY_WEIGHTS_S = 1.0
-LOAD_TIMEOUT_S = 300.0
+SAY_EVERY_S = 10.0
 
 
 class LearnerLost(Exception):
@@ -58,48 +59,6 @@ class LearnerLost(Exception):
 
 class LearnerRefused(Exception):
     """The learner does not want this actor, and says why."""
-
-
-class EngineGate:
-    """At most `max_running` requests inside the engine, and none submitted while weights are swapped."""
-
-    def __init__(self, max_running: int) -> None:
-        self._slots = asyncio.Semaphore(max_running)
-        self._open = asyncio.Event()
-        self._open.set()
-        self.running = 0
-        self._busy_s = self._busy_since = 0.0
-
-    async def __aenter__(self) -> None:
-        await self._slots.acquire()
-        try:
-            while not self._open.is_set():  # waits for a swap, which ends in `swapping`
-                await self._open.wait()
-        except BaseException:
-            self._slots.release()
-            raise
-        if self.running == 0:
-            self._busy_since = time.monotonic()
-        self.running += 1
-
-    async def __aexit__(self, *exception: object) -> None:
-        self.running -= 1
-        if self.running == 0:
-            self._busy_s += time.monotonic() - self._busy_since
-        self._slots.release()
-
-    @property
-    def busy_s(self) -> float:
-        """Seconds with at least one request in the engine."""
-        return self._busy_s + (time.monotonic() - self._busy_since if self.running else 0.0)
-
-    @contextlib.contextmanager
-    def swapping(self) -> Iterator[None]:
-        self._open.clear()
-        try:
-            yield
-        finally:
-            self._open.set()
 
 
 def learner_address(learner: str) -> str:
@@ -135,15 +94,11 @@ class ActorLoop:
         self.held: dict[TicketId, asyncio.Task[None]] = {}
         self.unacked: dict[TicketId, Group] = {}
         self.slots = 0
-        self.generated_tokens = self.swaps = self.grader_errors = 0
-        self.fetch_s = self.pause_s = 0.0
-        self.newest = 0
+        self.generated_tokens = self.grader_errors = 0
         self._heard_at = time.monotonic()
         self._hello_at = 0.0
         self._leaving = ""
         """Why the learner drains this actor, once it does."""
-        self._version_changed = asyncio.Condition()
-        self._newer = asyncio.Event()
         self._done: asyncio.Future[str] | None = None
 
     async def run(self) -> str:
@@ -155,7 +110,7 @@ class ActorLoop:
         error = ""
         reason = "told to stop"
         try:
-            self.welcome = await self._introduce()
+            self.welcome = await self._introduce(address)
             self.engine = self.engine or make_engine(str(self.welcome.engine.get("engine", "vllm")))
             reason = await self._work()
         except Exception as failure:
@@ -169,17 +124,30 @@ class ActorLoop:
         return reason
 
     async def _find_learner(self) -> str:
+        """Address of the learner; waits for the file that names it, which the learner writes."""
+        said = 0.0
         while True:
             try:
                 return learner_address(self.learner)
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError) as error:
                 self._check_learner_alive()
+                if time.monotonic() - said > SAY_EVERY_S:
+                    said = time.monotonic()
+                    log.info("%s waits for a learner's address in %s (%s)", self.name, self.learner, error)
                 await asyncio.sleep(0.5)
 
-    async def _introduce(self) -> Welcome:
-        """Say hello until the learner answers."""
+    async def _introduce(self, address: str) -> Welcome:
+        """Say hello until the learner answers. The address is looked up each time: the file may be an old one."""
+        said = time.monotonic()
         while True:
             self._check_learner_alive()
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                if (now := learner_address(self.learner)) != address:
+                    address = now
+                    self.link.reconnect(address)
+            if time.monotonic() - said > SAY_EVERY_S:
+                said = time.monotonic()
+                log.info("%s knocks at %s, nobody has answered for %.0f s", self.name, address, said - self._heard_at)
             await self.link.send(self._hello())
             with contextlib.suppress(TimeoutError):
                 message = await asyncio.wait_for(self.link.receive(), HELLO_EVERY_S)
@@ -208,8 +176,16 @@ class ActorLoop:
         groups = max(1, max_running // self.welcome.group_size)
         self.slots = groups + max(1, groups // 2)  # the surplus fills gaps that early finishers of a group leave
         self.gate = EngineGate(max_running)
-        self.staging = Staging(self.welcome.run, self.name, self.incarnation)
         assert self.engine is not None and self._done is not None
+        self.weights = WeightFollower(
+            self.engine,
+            self.link,
+            Staging(self.welcome.run, self.name, self.incarnation),
+            self.gate,
+            lambda: self.welcome,
+            self._enter,
+            self._confirm,
+        )
         workers, limit_s = int(settings.get("grader_workers", 1)), self.welcome.grader_timeout_s
         beating = asyncio.create_task(self._beat())
         listening = asyncio.create_task(self._listen())
@@ -221,7 +197,7 @@ class ActorLoop:
                 self.link.open_weights(self.welcome.bulk, self.welcome.news)
                 self._enter("waiting for weights")
                 await self.link.send(self._hello())  # with the number of slots, now that it is known to be real
-                background += [asyncio.create_task(self._follow_news()), asyncio.create_task(self._follow_weights())]
+                background += [asyncio.create_task(self.weights.listen()), asyncio.create_task(self.weights.follow())]
                 return await self._or_fail(self._done, background)
         finally:
             for task in [*background, *self.held.values()]:
@@ -229,7 +205,7 @@ class ActorLoop:
             await asyncio.gather(*background, *self.held.values(), return_exceptions=True)
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self.engine.stop(), 30)
-            self.staging.remove()
+            self.weights.staging.remove()
 
     async def _or_fail(self, wanted: Awaitable[T], background: list[asyncio.Task[None]]) -> T:
         """Result of `wanted`, unless a background task fails first: then its exception."""
@@ -248,8 +224,9 @@ class ActorLoop:
                 await asyncio.gather(main, return_exceptions=True)
 
     def _enter(self, phase: str) -> None:
-        self.phase, self.phase_since = phase, time.monotonic()
-        log.info("%s: %s", self.name, phase)
+        if phase != self.phase:
+            self.phase, self.phase_since = phase, time.monotonic()
+            log.info("%s: %s", self.name, phase)
 
     def _finish(self, outcome: str | BaseException) -> None:
         if self._done is not None and not self._done.done():
@@ -271,7 +248,7 @@ class ActorLoop:
                 for ticket_id in message.ids:
                     self.unacked.pop(ticket_id, None)
             elif isinstance(message, Beat):
-                self._heard_of(message.version)
+                self.weights.heard_of(message.version)
             elif isinstance(message, Cancel):
                 self._drop(message.ids)
             elif isinstance(message, Rehello):
@@ -345,12 +322,16 @@ class ActorLoop:
             phase_s=time.monotonic() - self.phase_since,
             generated_tokens=self.generated_tokens,
             busy_s=self.gate.busy_s,
-            swaps=self.swaps,
-            fetch_s=self.fetch_s,
-            pause_s=self.pause_s,
+            swaps=self.weights.swaps,
+            fetch_s=self.weights.fetch_s,
+            pause_s=self.weights.pause_s,
             grader_errors=self.grader_errors,
             rss_bytes=_rss_bytes(),
         )
+
+    async def _confirm(self) -> None:
+        """Tell the learner at once which version is served now."""
+        await self.link.send(self._heartbeat())
 
     # --- tickets ---
 
@@ -359,8 +340,7 @@ class ActorLoop:
         engine = self.engine
         assert engine is not None
         try:
-            async with self._version_changed:  # waits for the learner's weights; freed by `_update`
-                await self._version_changed.wait_for(lambda: engine.version >= ticket.min_version)
+            await self.weights.wait_for(ticket.min_version)
             group = await rollout(engine, self.grader, self.gate, ticket, self.name)
         except asyncio.CancelledError:
             raise
@@ -381,61 +361,6 @@ class ActorLoop:
         self.held.pop(ticket.id, None)
         await self.link.send(group)
         self._leave_when_done()
-
-    # --- weights ---
-
-    def _heard_of(self, version: int) -> None:
-        if version > self.newest:
-            self.newest = version
-            self._newer.set()
-
-    async def _follow_news(self) -> None:
-        while True:
-            self._heard_of((await self.link.news()).version)
-
-    async def _follow_weights(self) -> None:
-        """Stage and swap in the newest version, whenever there is one. A failure before the swap changes nothing."""
-        assert self.engine is not None
-        while True:
-            await self._newer.wait()  # set by news, or by the answer to a heartbeat
-            self._newer.clear()
-            try:
-                await self._update()
-            except (WeightsError, DeadlineExceeded, OSError) as error:
-                log.warning("version %d stays in service: %s", self.engine.version, error)
-                await asyncio.sleep(RETRY_WEIGHTS_S)
-                self._newer.set()
-            except EngineFailed as error:
-                self._finish(error)
-                await asyncio.Event().wait()  # condemned: `_work` ends everything
-
-    async def _update(self) -> None:
-        assert self.engine is not None
-        manifest = await self.link.fetch_manifest()
-        if manifest.version < self.newest:
-            raise WeightsError(f"version {self.newest} was announced, {manifest.version} can be had")
-        if manifest.version <= self.engine.version:
-            return
-        if self.engine.version == 0:
-            self._enter("loading weights")
-        staged = await self.staging.fetch(self.link, manifest, self.welcome)
-        with self.gate.swapping():
-            try:
-                async with asyncio.timeout(LOAD_TIMEOUT_S):
-                    self.pause_s = await self.engine.load(manifest, staged.path)
-            except TimeoutError:
-                raise EngineFailed(
-                    f"loading version {manifest.version} took more than {LOAD_TIMEOUT_S:.0f} s"
-                ) from None
-        self.staging.keep_only(staged)
-        self.fetch_s = staged.seconds
-        self.swaps += 1
-        if self.phase != "serving":
-            self._enter("serving")
-        log.info("serves version %d: staged in %.2f s, paused %.2f s", manifest.version, staged.seconds, self.pause_s)
-        async with self._version_changed:
-            self._version_changed.notify_all()
-        await self.link.send(self._heartbeat())  # confirms the version at once
 
 
 def _causes(error: BaseException) -> list[BaseException]:

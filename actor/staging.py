@@ -26,6 +26,11 @@ OWNER_FILE = "owner.pid"
 """Names the process that a staging directory belongs to, so that leftovers of a killed one can be told and removed."""
 
 
+def safe_name(name: str) -> str:
+    """The name as one part of a path: it may have come over the wire."""
+    return re.sub(r"[^\w.-]", "_", name)
+
+
 @dataclass(frozen=True)
 class Staged:
     """A complete, checked version on this node."""
@@ -41,7 +46,7 @@ class Staging:
 
     def __init__(self, run: str, actor: str, incarnation: str, root: Path | None = None) -> None:
         self.root = root or SHARED_MEMORY
-        self.name = re.sub(r"[^\w.-]", "_", f"tandem-{run}-{actor}-{incarnation}")  # names come over the wire
+        self.name = safe_name(f"tandem-{run}-{actor}-{incarnation}")
         self.directory: Path | None = None
 
     def _place(self, needed_bytes: int) -> Path:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actor.engine import Generated
-from actor.staging import OWNER_FILE
+from actor.staging import OWNER_FILE, safe_name
 from actor.vllm_children import ERRORS_VARIABLE, PARENT_VARIABLE, describe, recorded_cause
 from protocol.errors import EngineFailed
 from protocol.messages import Manifest, Sampling, Welcome
@@ -88,7 +88,7 @@ class VLLMEngine:
     async def start(self, welcome: Welcome) -> None:
         self._kv = welcome.kv
         self._foreign = engine_cores()
-        self._errors = Path(tempfile.mkdtemp(prefix="tandem-engine-")) / "errors.jsonl"
+        self._errors = Path(tempfile.mkdtemp(prefix=f"tandem-{safe_name(welcome.run)}-engine-")) / "errors.jsonl"
         owner = self._errors.parent / OWNER_FILE  # tells `tandem doctor --clean` what is left over
         owner.write_text(str(os.getpid()))
         try:
@@ -219,7 +219,7 @@ class VLLMEngine:
         self._condemned = self._condemned or "the engine was stopped"
         await self._in_thread(end_processes, llm, self._foreign)
         self._thread.shutdown(wait=False)
-        if self._errors.parent.name.startswith("tandem-engine-"):
+        if self._errors.parent.name.startswith("tandem-"):
             shutil.rmtree(self._errors.parent, ignore_errors=True)
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:

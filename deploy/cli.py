@@ -19,6 +19,7 @@ from protocol.errors import RecipeError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from deploy.ray_cluster import GpuShares
     from protocol.config import Recipe
     from protocol.rundir import RunDir
 
@@ -32,8 +33,8 @@ app = typer.Typer(
 model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(markup=False)  # what is printed comes from elsewhere, too: "[/INST]" is no markup
+errors = Console(stderr=True, markup=False)
 
 DEMO_RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.toml"
 EXIT_USER = 2
@@ -94,23 +95,26 @@ def learner(
     from learner.__main__ import main as learner_main
     from protocol.config import load_recipe
 
-    recipe = load_recipe(recipe_path, (*(overrides or ()), "actor.count=0"))
+    recipe, _ = _with_gpus(load_recipe(recipe_path, (*(overrides or ()), "actor.count=0")))
     model = preflight(recipe, console.print)
     run = _new_run(recipe, runs)
     _write_recipe(recipe, run)
-    console.print(f"once it listens, in another terminal:\n  tandem actor {run.endpoint}", soft_wrap=True)
-    raise typer.Exit(learner_main(["--run", str(run.path), "--model", str(model)]))
+    _print_actor_command(run)
+    code = learner_main(["--run", str(run.path), "--model", str(model)])
+    if code == 3:
+        _print_resume(run)
+    raise typer.Exit(code)
 
 
 @app.command()
 def actor(
     learner_address: Annotated[str, typer.Argument(metavar="LEARNER", help="tcp://HOST:PORT or RUN/endpoint.json")],
-    name: Annotated[str, typer.Option(help="Unique among the actors of the run.")] = "by-hand-0",
+    name: Annotated[str, typer.Option(help="Unique among the actors of the run; default: host and process.")] = "",
 ) -> None:
     """One rollout actor by hand, without Ray: all it needs to know comes from the learner."""
     from actor.__main__ import main as actor_main
 
-    raise typer.Exit(actor_main([learner_address, "--name", name]))
+    raise typer.Exit(actor_main([learner_address, *(["--name", name] if name else [])]))
 
 
 @app.command()
@@ -125,10 +129,11 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run direct
 def doctor(clean: Annotated[bool, typer.Option("--clean", help="Remove what crashed runs left.")] = False) -> None:
     """Check this machine: versions, engine, Ray, ports, memory; say what to do about each fault."""
     from rich.table import Table
+    from rich.text import Text
 
     from deploy.doctor import clean_stale, run_checks, stale_files
 
-    marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
+    marks = {"ok": Text("ok", "green"), "warn": Text("warn", "yellow"), "fail": Text("fail", "red")}
     table = Table("", "check", "found", "what to do")
     with console.status("checking"):
         checks = run_checks()
@@ -159,32 +164,59 @@ def model_fetch(
 def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> None:
     """Preflight, launch, report. Exits with the learner's code. A refused recipe leaves no run directory."""
     from deploy.launch import launch
-    from deploy.preflight import gpu_count, preflight
+    from deploy.preflight import preflight
     from deploy.progress import ProgressView
-    from deploy.ray_cluster import share_gpus
     from deploy.report import print_report
     from protocol.rundir import read_json
 
     began = time.monotonic()
-    model = preflight(recipe, lambda text: console.print(f"[dim]{text}[/]", highlight=False), ray_address)
+    recipe, gpus = _with_gpus(recipe)
+    model = preflight(recipe, lambda text: console.print(text, style="dim", highlight=False), ray_address)
     run = make_run()
     console.print(f"run {run.path}", soft_wrap=True)
-    gpus = gpu_count()
-    recipe = share_gpus(recipe, gpus)
     _write_recipe(recipe, run)
+    if not recipe.actor.count:
+        _print_actor_command(run)
     with ProgressView(console, recipe.name) as view:
-        code = launch(recipe, run, model, view, ray_address, gpus)
+        code = launch(recipe, run, model, view, gpus, ray_address)
     status = read_json(run.status) or {}
     if code == 0:
         print_report(run, console)
         console.print(f"finished in {(time.monotonic() - began) / 60:.1f} minutes")
     elif code == 3:
-        text = f"stopped after step {status.get('step', 0)}. Go on with:\n  tandem train --resume {run.path}"
-        console.print(text, soft_wrap=True, highlight=False)
+        _print_resume(run)
     else:
-        errors.print(f"[red]the run failed:[/] {status.get('error', f'the learner ended with {code}')}", soft_wrap=True)
+        _print_error("the run failed:", status.get("error", f"the learner ended with {code}"))
         errors.print(f"logs: {run.logs}", soft_wrap=True)
     raise typer.Exit(code if code >= 0 else 1)
+
+
+def _with_gpus(recipe: Recipe) -> tuple[Recipe, GpuShares]:
+    """The recipe with this machine's GPUs divided between the two sides."""
+    from deploy.preflight import gpu_count
+    from deploy.ray_cluster import share_gpus, visible_gpus
+
+    gpus = share_gpus(recipe, visible_gpus(gpu_count()))
+    return recipe.model_copy(update={"actor": recipe.actor.model_copy(update={"gpus": gpus.each_actor})}), gpus
+
+
+def _print_resume(run: RunDir) -> None:
+    """How to go on with a stopped run; where its last checkpoint stands."""
+    steps = [int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*")]
+    where = f"with a checkpoint of step {max(steps)}" if steps else "before its first checkpoint"
+    text = f"stopped {where}. Go on with:\n  tandem train --resume {run.path}"
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+def _print_actor_command(run: RunDir) -> None:
+    text = f"once it listens, in another terminal:\n  tandem actor {run.endpoint}"
+    console.print(text, soft_wrap=True, highlight=False)
+
+
+def _print_error(head: str, error: object) -> None:
+    from rich.text import Text
+
+    errors.print(Text.assemble((head, "red"), f" {error}"), soft_wrap=True)
 
 
 def _new_run(recipe: Recipe, runs: Path) -> RunDir:
@@ -215,6 +247,8 @@ def _resumed(path: Path, overrides: tuple[str, ...]) -> tuple[Recipe, RunDir]:
     from protocol.config import check_resumable, load_recipe
 
     run = _existing_run(path)
+    with run.lock():  # refuses a run that is alive, before anything of it is touched
+        pass
     before, after = load_recipe(run.recipe), load_recipe(run.recipe, overrides)
     for key, (old, new) in check_resumable(before, after).items():
         console.print(f"{key}: {old!r} -> {new!r}")
@@ -237,10 +271,10 @@ def main() -> None:
     try:
         app()
     except (RecipeError, ValueError, FileNotFoundError) as error:
-        errors.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        _print_error("error:", error)
         sys.exit(EXIT_USER)
     except (OSError, TimeoutError) as error:
-        errors.print(f"[red]error:[/] {type(error).__name__}: {error}", highlight=False, soft_wrap=True)
+        _print_error("error:", f"{type(error).__name__}: {error}")
         sys.exit(1)
 
 

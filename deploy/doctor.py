@@ -292,7 +292,7 @@ def check_model() -> Check:
 
 
 def _places() -> tuple[Path, ...]:
-    return (Path("/dev/shm"), Path(tempfile.gettempdir()))
+    return tuple({Path("/dev/shm"), Path(tempfile.gettempdir()), Path("/tmp")})
 
 
 def stale_files(places: tuple[Path, ...] | None = None) -> list[Path]:

@@ -19,19 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from deploy.ray_cluster import ray_runtime, rollout_actors, split_gpus, visible_gpus
+from deploy.ray_cluster import GpuShares, ray_runtime, rollout_actors
 from protocol.config import Recipe
 from protocol.errors import DeadlineExceeded
 from protocol.rundir import RunDir, read_json
 
 log = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.25
 LEARNER_START_S = 300.0
 STOP_S = 300.0
 """Longest a learner may take from the request to stop to its end: a step and a checkpoint lie between."""
 MAX_LEARNER_RESTARTS = 3
-NO_RESTART = (0, 2, 3, 4)
+STOPPED = 3
+NO_RESTART = (0, 2, STOPPED, 4)
 """Exit codes of the learner that a restart cannot mend; see `learner/__main__.py`."""
 
 
@@ -45,13 +47,13 @@ class View(Protocol):
 
 @dataclass
 class Interrupts:
-    """Ctrl-C once: stop after the step. Twice: at once."""
+    """Ctrl-C once: stop after the step. Twice: at once. A closed terminal counts as Ctrl-C."""
 
     count: int = 0
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+        before = {signum: signal.getsignal(signum) for signum in SIGNALS}
         self.arm()
         try:
             yield
@@ -61,32 +63,35 @@ class Interrupts:
 
     def arm(self) -> None:
         """Take the signals; again after Ray has started, which puts a handler of its own on SIGTERM."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._on_signal)
+        for signum in SIGNALS:
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup means to go on
+                signal.signal(signum, self._on_signal)
 
-    def _on_signal(self, *_: object) -> None:
+    def _on_signal(self, signum: int, _: object) -> None:
         self.count += 1
+        if signum == signal.SIGHUP:  # nobody sees what is printed from here on, and printing would fail
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):
+                if os.isatty(stream):
+                    os.dup2(devnull, stream)
+            os.close(devnull)
 
 
-def launch(recipe: Recipe, run: RunDir, model: Path, view: View, ray_address: str = "", gpus: int = 0) -> int:
-    """Run to the end, or until interrupted. Returns the learner's exit code; everything started here has ended then.
-
-    `gpus` is how many this machine has: they are divided between the learner and the actors that Ray starts here.
-    """
+def launch(recipe: Recipe, run: RunDir, model: Path, view: View, gpus: GpuShares, ray_address: str = "") -> int:
+    """Run to the end, or until interrupted. Returns the learner's exit code; everything started here has ended then."""
     interrupts = Interrupts()
-    for_actors, for_learner = split_gpus(visible_gpus(gpus)) if gpus else ([], [])
     with interrupts.caught(), contextlib.ExitStack() as stack:
         run.status.unlink(missing_ok=True)
-        stack.callback(remove_staged, run)
-        learner = stack.enter_context(LearnerProcess(run, model, for_learner))
+        stack.callback(remove_left_over, run)
+        learner = stack.enter_context(LearnerProcess(run, model, gpus.learner))
         if recipe.actor.count:
             view.note("starting Ray")
-            if for_actors and not ray_address:
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(for_actors)
+            if gpus.actors and not ray_address:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.actors)
             stack.enter_context(ray_runtime(recipe, ray_address))
             interrupts.arm()
             _wait_for_endpoint(run, learner, view, interrupts)
-            if learner.poll() is None:
+            if not interrupts.count and learner.poll() not in NO_RESTART:  # actors also wait for a restarted learner
                 stack.enter_context(rollout_actors(recipe, run))
         return _watch(run, learner, view, interrupts)
 
@@ -107,13 +112,15 @@ def _watch(run: RunDir, learner: LearnerProcess, view: View, interrupts: Interru
         code = learner.poll()
         view.update(read_json(run.status) or {})
         if code is not None:
-            if code in NO_RESTART or interrupts.count or not learner.may_restart():
+            if interrupts.count and code not in NO_RESTART:
+                return STOPPED  # it was told to go, however it went
+            if code in NO_RESTART or not learner.may_restart():
                 return code
             view.note(f"the learner ended with {code}; restarting it from its last checkpoint")
             learner.start()
         if interrupts.count and not stopping_since:
             stopping_since = time.monotonic()
-            view.note("stopping: the step in hand is finished and a checkpoint written (Ctrl-C again: at once)")
+            view.note("stopping after the step in hand, with a checkpoint (Ctrl-C again: at once)")
             learner.signal(signal.SIGTERM)
         if interrupts.count > 1 or (stopping_since and time.monotonic() - stopping_since > STOP_S):
             view.note("stopping at once")
@@ -182,8 +189,8 @@ class LearnerProcess:
         self._process.wait(timeout=20)
 
 
-def remove_staged(run: RunDir) -> None:
-    """Remove what killed actors of this run left in shared memory, or where they staged for want of room there."""
+def remove_left_over(run: RunDir) -> None:
+    """Remove what killed actors of this run left: staged weights, in shared memory or not, and engines' error files."""
     for place in ("/dev/shm", tempfile.gettempdir()):
-        for directory in Path(place).glob(f"tandem-{run.label}-actor-*"):
+        for directory in Path(place).glob(f"tandem-{run.label}-*"):
             shutil.rmtree(directory, ignore_errors=True)

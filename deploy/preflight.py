@@ -21,7 +21,7 @@ def preflight(recipe: Recipe, progress: Callable[[str], None], ray_address: str 
     for key, name in (("task.train", recipe.task.train), ("task.heldout", recipe.task.heldout)):
         if name and not Path(name).is_file():
             raise RecipeError(f"{key}: found {name!r}, which is no file; allowed: an existing JSONL file")
-    check_gpus(recipe)
+    check_device(recipe)
     check_port(recipe.wire.host, recipe.wire.port)
     if ray_address:
         check_ray_address(ray_address)
@@ -49,16 +49,10 @@ def check_task(recipe: Recipe, model: Path, progress: Callable[[str], None]) -> 
     load_task(recipe, tokenizer)
 
 
-def check_gpus(recipe: Recipe) -> None:
-    """Raise RecipeError if the recipe asks for GPUs that this machine has not."""
-    found = gpu_count()
-    if recipe.learner.device == "cuda" and not found:
+def check_device(recipe: Recipe) -> None:
+    """Raise RecipeError if the learner is to use a GPU that this machine has not."""
+    if recipe.learner.device == "cuda" and not gpu_count():
         raise RecipeError('learner.device: found "cuda", but no GPU is visible here; allowed: "auto" or "cpu"')
-    if recipe.actor.gpus * recipe.actor.count > found and recipe.actor.count:
-        raise RecipeError(
-            f"actor.gpus: found {recipe.actor.gpus} for each of {recipe.actor.count} actors, allowed here: {found} GPUs"
-            " in all (0 picks what there is)"
-        )
 
 
 def gpu_count() -> int:

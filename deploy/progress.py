@@ -19,6 +19,8 @@ from rich.text import Text
 
 SPARKS = "▁▂▃▄▅▆▇█"
 LINE_EVERY_S = 15.0
+LONG_WAIT_S = 10.0
+"""A step is a wait and a calculation; a log line names the wait when it is a long one."""
 
 
 def sparkline(values: list[float], low: float = 0.0, high: float = 1.0) -> str:
@@ -61,7 +63,8 @@ class ProgressView:
     def note(self, text: str) -> None:
         """A line that stays: something that happened once."""
         self._note = text
-        self.console.print(f"[dim]{minutes(time.monotonic() - self.began)}[/] {text}", highlight=False)
+        line = Text.assemble((minutes(time.monotonic() - self.began), "dim"), f" {text}")
+        self.console.print(line, soft_wrap=True)
 
     def update(self, status: dict[str, Any]) -> None:
         self._status = status
@@ -110,7 +113,7 @@ def describe_phase(status: dict[str, Any]) -> str:
 def describe(status: dict[str, Any]) -> str:
     """One line for a log."""
     parts = [describe_phase(status)]
-    if status.get("phase") == "training" and status.get("step"):
+    if status.get("phase") == "training" and "reward_mean" in status:
         parts = [
             f"step {status['step']}/{status['steps']}",
             f"reward {status['reward_mean']:.3f}",
@@ -120,7 +123,7 @@ def describe(status: dict[str, Any]) -> str:
             f"version {status['version']:.0f}",
             f"left {minutes(status['left_s'])}",
         ]
-    elif status.get("waiting_for"):
+    if status.get("waiting_for") and (status.get("phase") != "training" or status["waited_s"] > LONG_WAIT_S):
         parts.append(f"waiting {status['waited_s']:.0f} s for {status['waiting_for']}")
     if status.get("evals") and status.get("phase") != "training":
         parts.append("held-out reward: " + evals_line(status["evals"]))

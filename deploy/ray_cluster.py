@@ -14,6 +14,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,49 @@ from protocol.rundir import RunDir
 OWNER_FILE = "owner.pid"
 RAY_DIR_PREFIX = "tandem-ray-"
 CONNECT_S = 5.0
+LONGEST_TEMPORARY = 20
+"""Bytes of a path in which Ray's session directories and sockets (up to 86 bytes more) can lie."""
 
 # --- GPUs -----------------------------------------------------------------------------------------------------------
 
 
-def share_gpus(recipe: Recipe, gpus: int) -> Recipe:
-    """The recipe with `actor.gpus` filled in where it is 0: one for each actor, or a part of the only one's half."""
-    if recipe.actor.gpus or not gpus or recipe.actor.engine == "fake":
-        return recipe
-    share = 1.0 if gpus > 1 else 0.5 / max(1, recipe.actor.count)
-    return recipe.model_copy(update={"actor": recipe.actor.model_copy(update={"gpus": share})})
+@dataclass(frozen=True)
+class GpuShares:
+    """Which GPUs each side sees, as CUDA_VISIBLE_DEVICES names them, and how many (or which part) an actor gets."""
+
+    actors: list[str]
+    learner: list[str]
+    each_actor: float
 
 
-def split_gpus(visible: list[str]) -> tuple[list[str], list[str]]:
-    """(GPUs of the actors, GPUs of the learner): the learner gets the last one of several, all share the only one."""
-    return (visible[:-1], visible[-1:]) if len(visible) > 1 else (visible, visible)
+def share_gpus(recipe: Recipe, visible: list[str]) -> GpuShares:
+    """Divide this machine's GPUs: the learner gets the last one of several, all share the only one.
+
+    With `actor.gpus` = 0 the actors divide theirs evenly, a whole one each where there are enough; half of an only one
+    stays with the learner. Raises RecipeError if the recipe asks for what is not there.
+    """
+    count, asked = max(1, recipe.actor.count), recipe.actor.gpus
+    on_gpu = recipe.learner.device != "cpu"
+    if not visible or recipe.actor.engine == "fake":
+        actors: list[str] = []
+        each = 0.0
+    elif len(visible) == 1:
+        actors, each = visible, (0.5 if on_gpu else 1.0) / count
+    else:
+        actors = visible[:-1] if on_gpu else visible
+        each = 1.0 / -(-count // len(actors))  # Ray gives no actor parts of two GPUs
+    if asked > 1 and asked != int(asked):
+        raise RecipeError(f"actor.gpus: found {asked:g}, allowed: up to 1, or a whole number of GPUs")
+    if asked and recipe.actor.count and not _fits(asked, count, len(actors)):
+        raise RecipeError(
+            f"actor.gpus: found {asked:g} for each of {count} actors, allowed here: what fits {len(actors)} GPUs"
+            f"{' beside the one of the learner' if on_gpu and len(visible) > 1 else ''} (0 divides what there is)"
+        )
+    return GpuShares(actors, visible[-1:] if on_gpu else [], asked or each)
+
+
+def _fits(share: float, count: int, gpus: int) -> bool:
+    return share * count <= gpus if share >= 1 else count <= gpus * int(1 / share + 1e-6)
 
 
 def visible_gpus(count: int) -> list[str]:
@@ -88,7 +117,7 @@ def check_ray_address(address: str) -> None:
 
 def _own_ray(recipe: Recipe, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Options of a Ray of this run alone, and the temporary directory that it lives in (its path must be short)."""
-    directory = Path(tempfile.mkdtemp(prefix=RAY_DIR_PREFIX))
+    directory = Path(tempfile.mkdtemp(prefix=RAY_DIR_PREFIX, dir=_short_directory()))
     stack.callback(shutil.rmtree, directory, ignore_errors=True)
     (directory / OWNER_FILE).write_text(str(os.getpid()))
     _make_ray_token(directory / "token")
@@ -102,6 +131,12 @@ def _own_ray(recipe: Recipe, stack: contextlib.ExitStack) -> dict[str, Any]:
         "object_store_memory": 100 << 20,
         "_temp_dir": str(directory),
     }
+
+
+def _short_directory() -> str:
+    """A temporary directory whose name leaves room for the paths of Ray's sockets, of which Unix allows 107 bytes."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) <= LONGEST_TEMPORARY or not os.access("/tmp", os.W_OK) else "/tmp"
 
 
 def _make_ray_token(path: Path) -> None:

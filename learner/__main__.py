@@ -14,6 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
+from learner.intake.source import StopFlag, TicketsFail
 from protocol.config import load_recipe
 from protocol.errors import DeadlineExceeded, EngineFailed, RecipeError
 from protocol.rundir import RunDir, read_json, write_json
@@ -39,15 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.parent:
         die_with_parent(options.parent)
 
-    from learner.intake.source import TicketsFail
-    from learner.loop import Learner, StopFlag
-
     stop = StopFlag()
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop.set)
+        signal.signal(signum, stop.set)  # before the imports that take seconds
+    from learner.loop import Learner
+
     run = RunDir(options.run).create()
     try:
-        finished = Learner(load_recipe(run.recipe), run, options.model, stop)()
+        with run.lock():
+            finished = Learner(load_recipe(run.recipe), run, options.model, stop)()
     except EngineFailed as error:
         return _fail(run, EXIT_ENGINE, f"the engine failed: {error}")
     except (DeadlineExceeded, TicketsFail) as error:

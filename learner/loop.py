@@ -8,6 +8,7 @@ the loop after the step in hand, with a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -23,7 +24,7 @@ from learner.intake.data import Task, load_task
 from learner.intake.dispatcher import TRAIN_EPOCH, Dispatcher
 from learner.intake.journal import Journal, read_failed, read_groups_with_offsets
 from learner.intake.server import IntakeServer
-from learner.intake.source import Interrupted, Source, TicketsFail
+from learner.intake.source import Interrupted, Source, StopFlag, TicketsFail
 from learner.methods import grpo, sft
 from learner.metrics import MetricsLog, Status
 from learner.model import load_model, share_cores
@@ -33,6 +34,7 @@ from learner.step import sft_step, train_step
 from learner.summary import process_totals, run_summary
 from protocol.codec import Limits
 from protocol.config import Recipe
+from protocol.errors import RecipeError
 from protocol.messages import Sampling, Ticket, TicketId, Welcome
 from protocol.rundir import RunDir, read_json, write_json
 from protocol.sockets import Hub
@@ -43,19 +45,6 @@ DRAIN_TIMEOUT_S = 20.0
 RATE_WINDOW_STEPS = 5
 MAX_FAILED_SHARE = 0.1
 """Share of an evaluation's problems that may fail for good; beyond it the mean would be of other problems."""
-
-
-class StopFlag:
-    """Set by a signal handler; read between steps and during waits."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-
-    def set(self, *_: object) -> None:
-        self.is_set = True
-
-    def __call__(self) -> bool:
-        return self.is_set
 
 
 class Learner:
@@ -92,6 +81,8 @@ class Learner:
             return
         self.restored = checkpoint.load(latest, self.model, self.optimizer)
         self.state = self.restored["run"]
+        if self.recipe.steps < self.state["step"]:
+            raise RecipeError(f"steps: found {self.recipe.steps}, allowed: at least {self.state['step']}, already done")
         if self.state["prompt_fingerprint"] != self.task.fingerprint():
             raise ValueError(f"{self.run.path}: the task's data have changed since this run began; start a new run")
         log.info("resumed at step %d from %s", self.state["step"], latest)
@@ -113,6 +104,8 @@ class Learner:
         except Interrupted as where:
             log.info("stopped while waiting for %s", where)
             finished = False
+        if finished:
+            self.run.endpoint.unlink(missing_ok=True)  # nobody will be there again
         self.status.set("finished" if finished else "stopped")
         return finished
 
@@ -121,7 +114,7 @@ class Learner:
         """Hub, dispatcher and journal in their thread; the run's address in endpoint.json."""
         recipe = self.recipe
         limits = Limits(max_frame_bytes=recipe.wire.max_frame_mib << 20)
-        hub = Hub(recipe.wire.host, recipe.wire.port or self._former_port(), limits)
+        hub = self._bind(limits)
         dispatcher = Dispatcher(
             self._ticket,
             groups_per_step=recipe.rollout.groups_per_step,
@@ -158,10 +151,14 @@ class Learner:
             journal.close()
             self.metrics.close()
 
-    def _former_port(self) -> int:
-        """The port of the run's earlier process, so that its actors find this one at once."""
-        endpoint = read_json(self.run.endpoint)
-        return int(endpoint["work"].rpartition(":")[2]) if endpoint and self.restored else 0
+    def _bind(self, limits: Limits) -> Hub:
+        """The hub on the recipe's port, or else on that of the run's earlier process, if it is free: actors that
+        outlived it find this one at once. Otherwise on any: they look into endpoint.json."""
+        wire, endpoint = self.recipe.wire, read_json(self.run.endpoint)
+        if not wire.port and endpoint:
+            with contextlib.suppress(OSError):
+                return Hub(wire.host, int(endpoint["work"].rpartition(":")[2]), limits)
+        return Hub(wire.host, wire.port, limits)
 
     def _welcome(self, hub: Hub) -> Welcome:
         recipe = self.recipe

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from protocol.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,20 @@ class RunDir:
         with contextlib.suppress(FileExistsError), open(path, "x") as file:
             file.write(secrets.token_hex(4))
         return f"{self.path.name}-{path.read_text()}"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """The run is ours: journal and version numbers have one writer. Raises RecipeError if a process has it."""
+        with open(self.path / "lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise RecipeError(f"{self.path}: this run is in use by process {file.read() or 'unknown'}") from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
 
     def create(self) -> RunDir:
         for directory in (self.path, self.journal.parent, self.checkpoints, self.eval, self.logs):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,6 +140,26 @@ def test_train_refuses_a_ray_address_where_no_cluster_is(
     assert not list(tmp_path.iterdir()), "nothing was started"
 
 
+def test_error_message_is_no_markup(recipe: Path, tmp_path: Path) -> None:
+    result = tandem("train", str(recipe), "--runs", str(tmp_path), "--set", 'rollout.stop="[/INST]"')
+    assert result.returncode == 2
+    assert "rollout.stop: found '[/INST]'" in result.stderr.replace("\n", " ")
+
+
+def test_resume_refuses_a_run_that_is_alive(recipe: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run").create()
+    run.recipe.write_text(recipe.read_text())
+    with run.lock():
+        result = tandem("train", "--resume", str(run.path))
+    assert result.returncode == 2
+    assert f"this run is in use by process {os.getpid()}" in result.stderr.replace("\n", " ")
+    with run.lock():
+        learner = [sys.executable, "-m", "learner", "--run", str(run.path), "--model", "none"]
+        assert subprocess.run(learner, capture_output=True, timeout=60, check=False).returncode == 2
+    assert "in use by process" in status(run)["error"]
+    assert not run.journal.exists()
+
+
 def test_resume_refuses_what_may_not_change(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -161,8 +184,16 @@ def test_ctrl_c_checkpoints_and_resume_completes_the_run(recipe: Path, tmp_path:
     stopped_at = read_json(run.summary)["steps"]
     assert stopped_at >= 3
 
+    too_few = tandem("train", "--resume", str(run.path), "--set", "steps=1")
+    assert too_few.returncode == 2
+    assert f"steps: found 1, allowed: at least {stopped_at}, already done" in too_few.stderr.replace("\n", " ")
+
     steps = stopped_at + 7
-    with Command(["train", "--resume", str(run.path), "--set", f"steps={steps}"], tmp_path / "second.log") as second:
+    port = int(read_json(run.endpoint)["work"].rpartition(":")[2])
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        Command(["train", "--resume", str(run.path), "--set", f"steps={steps}"], tmp_path / "second.log") as second,
+    ):
         assert second.wait(120) == 0, second.output()
         assert second.left_running() == []
         assert left_behind(run, second.process.pid) == []
@@ -171,6 +202,25 @@ def test_ctrl_c_checkpoints_and_resume_completes_the_run(recipe: Path, tmp_path:
     versions = [row["version"] for row in read_jsonl(run.versions)]
     assert versions == list(range(1, len(versions) + 1)), "numbers only grow, also across the resume"
     assert (run.model / "model.safetensors").exists()
+    assert not run.endpoint.exists(), "nobody listens there any more"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("signums", [(signal.SIGINT, signal.SIGINT), (signal.SIGHUP,)], ids=["ctrl-c twice", "hang-up"])
+def test_other_ways_to_stop_leave_a_run_that_can_go_on(
+    recipe: Path, tmp_path: Path, signums: tuple[signal.Signals, ...]
+) -> None:
+    run = RunDir(tmp_path / "runs" / "cli")
+    with Command(["train", str(recipe), "--runs", str(run.path.parent)], tmp_path / "log") as command:
+        command.until(reached(run, 6), "sixth step", 120)
+        for signum in signums:
+            command.process.send_signal(signum)
+            time.sleep(0.5)
+        assert command.wait(60) == 3, command.output()
+        assert re.search(rf"stopped with a checkpoint of step \d+\. Go on with:\n  tandem train --resume {run.path}",
+                         command.output())  # fmt: skip
+        assert command.left_running() == []
+        assert left_behind(run, command.process.pid) == []
 
 
 @pytest.mark.timeout(400)
@@ -186,7 +236,17 @@ def test_killed_learner_is_restarted_and_replays_its_journal(recipe: Path, tmp_p
         assert "restarting it from its last checkpoint" in command.output()
         assert command.left_running() == []
     assert_trained_once_each(run, 25)
-    assert "come from the journal" in (run.logs / "learner.log").read_text()
+    rows, summary = read_jsonl(run.metrics), read_json(run.summary)
+    assert [row["step"] for row in rows] == list(range(1, 26)), "steps that were done twice are written once"
+    assert summary["rollout_tokens"] == sum(row["completion_tokens"] for row in rows)
+    assert summary["reward_first"] == rows[0]["reward_mean"]
+    assert summary["lag_mean"] == pytest.approx(sum(row["lag_mean"] for row in rows) / 25)
+    replayed = re.search(r"(\d+) groups of unfinished tickets come from the journal", learner_log(run))
+    assert replayed and int(replayed[1]) > 0
+
+
+def learner_log(run: RunDir) -> str:
+    return (run.logs / "learner.log").read_text()
 
 
 @pytest.mark.timeout(300)
@@ -198,5 +258,5 @@ def test_both_sides_by_hand(recipe: Path, tmp_path: Path) -> None:
         with Command(["actor", str(run.endpoint)], tmp_path / "actor.log") as right:
             assert left.wait(120) == 0, left.output()
             assert right.wait(60) == 0, right.output()
-        assert "tandem actor" in left.output()
+        assert f"tandem actor {run.endpoint}" in left.output()
     assert_trained_once_each(run, 3)

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.launch import remove_staged
+from deploy.launch import remove_left_over
 from learner.intake.journal import read_groups
 from protocol.rundir import RunDir
 from tests.actor_harness import DEADLINE_S, indices, train, until
@@ -30,7 +30,7 @@ def run_name(tmp_path: Path) -> Iterator[str]:
     """Label of a run that no other test has; nothing of it is left in shared memory, whatever the test did."""
     run = RunDir(tmp_path / "run").create()
     yield run.label
-    remove_staged(run)
+    remove_left_over(run)
 
 
 class Actors:
@@ -129,7 +129,7 @@ def test_run_completes_exactly_once_though_actors_are_killed_at_random(
         assert len(actors.workers) >= 3
     for directory in staged(run_name):  # left by the killed ones, each of which names its owner
         assert not psutil.pid_exists(int((directory / "owner.pid").read_text()))
-    remove_staged(RunDir(tmp_path / "run"))
+    remove_left_over(RunDir(tmp_path / "run"))
     assert staged(run_name) == []
 
 
@@ -177,6 +177,21 @@ def test_actor_finds_a_learner_that_writes_its_address_later_and_moves_with_it(t
             second.server.drain("done")
             assert process.wait(DEADLINE_S) == 0, actors.log("actor-0")
     assert indices(batches) == list(range(16))
+
+
+def test_actor_that_knocks_at_an_old_address_finds_the_new_one(tmp_path: Path, run_name: str) -> None:
+    """The file of a run that was stopped names a port where nobody listens; resumed, it writes another."""
+    endpoint = tmp_path / "endpoint.json"
+    endpoint.write_text(json.dumps({"work": "tcp://127.0.0.1:1"}))
+    with Actors(str(endpoint), tmp_path) as actors:
+        process = actors.start("actor-0")
+        until(lambda: "looks for the learner at tcp://127.0.0.1:1" in actors.log("actor-0"), "the first knock")
+        with Intake(tmp_path, run=run_name) as intake:
+            endpoint.write_text(json.dumps({"work": intake.address}))
+            intake.publish(0)
+            assert indices(train(intake, 4)) == list(range(16))
+            intake.server.drain("done")
+            assert process.wait(DEADLINE_S) == 0, actors.log("actor-0")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,19 @@ FATAL_TICKETS = 8
 """Tickets in a row that fail for good, without one group in between, after which the run gives up."""
 
 
+class StopFlag:
+    """Set by a signal handler; read between steps and during waits."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def set(self, *_: object) -> None:
+        self.is_set = True
+
+    def __call__(self) -> bool:
+        return self.is_set
+
+
 class Interrupted(Exception):
     """The run was asked to stop while it waited."""
 

@@ -14,12 +14,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from actor import fake_engine
+from actor import fake_engine, follower
 from actor import loop as loop_module
 from actor import staging as staging_module
 from actor.engine import Generated
 from actor.fake_engine import FakeEngine, draw
-from actor.loop import ActorLoop, EngineGate, LearnerLost, LearnerRefused, learner_address, make_engine
+from actor.gate import EngineGate
+from actor.loop import ActorLoop, LearnerLost, LearnerRefused, learner_address, make_engine
 from protocol.errors import EngineFailed
 from protocol.messages import (
     Ack,
@@ -172,11 +173,11 @@ async def test_actor_gives_up_a_learner_that_is_gone(tmp_path: Path) -> None:
     with ScriptedLearner() as learner:
         stack = contextlib.AsyncExitStack()
         actor, task = await stack.enter_async_context(running(learner, FakeEngine(), lost_learner_s=0.5))
-        assert actor.staging.directory is not None
-        assert actor.staging.directory.exists()
+        assert actor.weights.staging.directory is not None
+        assert actor.weights.staging.directory.exists()
     with pytest.raises(LearnerLost, match="no word from the learner at tcp://"):
         await asyncio.wait_for(asyncio.shield(task), DEADLINE_S)
-    assert not actor.staging.directory.exists()
+    assert not actor.weights.staging.directory.exists()
     await stack.aclose()
 
 
@@ -444,7 +445,7 @@ async def test_missed_news_is_learnt_from_the_answer_to_a_heartbeat(monkeypatch:
 async def test_damaged_version_is_not_loaded_and_the_next_sound_one_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loop_module, "RETRY_WEIGHTS_S", 0.02)
+    monkeypatch.setattr(follower, "RETRY_S", 0.02)
     good = snapshot(2)
     damaged = bytearray(good.data)
     damaged[500] ^= 4
@@ -459,14 +460,14 @@ async def test_damaged_version_is_not_loaded_and_the_next_sound_one_is(
             await learner.publish(3)
             assert [version for version, _ in engine.loaded] == [1, 3]
             assert not task.done()
-            assert actor.staging.directory is not None
-            assert [path.name for path in actor.staging.directory.glob("v*")] == ["v3.safetensors"]
+            assert actor.weights.staging.directory is not None
+            assert [path.name for path in actor.weights.staging.directory.glob("v*")] == ["v3.safetensors"]
 
 
 async def test_full_disk_keeps_the_old_version_until_there_is_room(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loop_module, "RETRY_WEIGHTS_S", 0.02)
+    monkeypatch.setattr(follower, "RETRY_S", 0.02)
     room = True
 
     def pwrite(descriptor: int, data: Any, offset: int) -> int:
@@ -495,7 +496,7 @@ async def test_full_disk_keeps_the_old_version_until_there_is_room(
 async def test_answer_that_is_older_than_the_announcement_is_asked_for_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loop_module, "RETRY_WEIGHTS_S", 0.02)
+    monkeypatch.setattr(follower, "RETRY_S", 0.02)
     engine = FakeEngine()
     with ScriptedLearner() as learner:
         async with running(learner, engine) as (actor, _):

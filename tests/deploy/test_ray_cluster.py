@@ -1,40 +1,79 @@
-"""How GPUs are divided between the two sides; the rest of the launcher is tested by whole runs (tests/test_cli.py)."""
+"""How GPUs are divided between the two sides, and where Ray's files lie; whole runs are in tests/test_cli.py."""
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 
-from deploy.ray_cluster import share_gpus, split_gpus, visible_gpus
+from deploy.launch import remove_left_over
+from deploy.ray_cluster import RAY_DIR_PREFIX, _short_directory, check_resources, share_gpus, visible_gpus
 from protocol.config import Recipe, parse_recipe
+from protocol.errors import RecipeError
+from protocol.rundir import RunDir
 
 
-def recipe(**actor: object) -> Recipe:
-    return parse_recipe({"actor": actor}, "test")
-
-
-@pytest.mark.parametrize(
-    ("visible", "actors", "learner"),
-    [(["0"], ["0"], ["0"]), (["0", "1"], ["0"], ["1"]), (["3", "5", "7"], ["3", "5"], ["7"])],
-)
-def test_split_gpus_gives_the_learner_the_last_of_several(
-    visible: list[str], actors: list[str], learner: list[str]
-) -> None:
-    assert split_gpus(visible) == (actors, learner)
+def recipe(device: str = "auto", **actor: object) -> Recipe:
+    return parse_recipe({"actor": actor, "learner": {"device": device}}, "test")
 
 
 @pytest.mark.parametrize(
-    ("actor", "gpus", "share"),
+    ("device", "actor", "visible", "actors", "learner", "each"),
     [
-        ({}, 0, 0.0),
-        ({}, 1, 0.5),
-        ({"count": 2}, 1, 0.25),
-        ({}, 2, 1.0),
-        ({"gpus": 2.0}, 4, 2.0),
-        ({"engine": "fake"}, 2, 0.0),
+        ("auto", {}, [], [], [], 0.0),
+        ("auto", {}, ["0"], ["0"], ["0"], 0.5),
+        ("auto", {"count": 2}, ["0"], ["0"], ["0"], 0.25),
+        ("auto", {"gpus": 0.3}, ["0"], ["0"], ["0"], 0.3),
+        ("cpu", {}, ["0"], ["0"], [], 1.0),
+        ("auto", {}, ["0", "1"], ["0"], ["1"], 1.0),
+        ("auto", {"count": 2}, ["0", "1"], ["0"], ["1"], 0.5),
+        ("auto", {"count": 3}, ["3", "5", "7"], ["3", "5"], ["7"], 0.5),
+        ("auto", {"gpus": 2.0}, ["3", "5", "7"], ["3", "5"], ["7"], 2.0),
+        ("cpu", {"count": 2}, ["0", "1"], ["0", "1"], [], 1.0),
+        ("auto", {"engine": "fake"}, ["0", "1"], [], ["1"], 0.0),
+        ("auto", {"count": 0}, ["0"], ["0"], ["0"], 0.5),
     ],
 )
-def test_share_gpus_fills_in_what_the_recipe_leaves_open(actor: dict[str, object], gpus: int, share: float) -> None:
-    assert share_gpus(recipe(**actor), gpus).actor.gpus == share
+def test_share_gpus_divides_what_is_there(
+    device: str, actor: dict[str, object], visible: list[str], actors: list[str], learner: list[str], each: float
+) -> None:
+    shares = share_gpus(recipe(device, **actor), visible)
+    assert (shares.actors, shares.learner, shares.each_actor) == (actors, learner, each)
+
+
+@pytest.mark.parametrize(
+    ("actor", "visible", "complaint"),
+    [
+        ({"gpus": 1.0}, [], "found 1 for each of 1 actors, allowed here: what fits 0 GPUs"),
+        ({"gpus": 2.0}, ["0", "1"], "what fits 1 GPUs beside the one of the learner"),
+        ({"gpus": 0.6, "count": 2}, ["0"], "found 0.6 for each of 2 actors"),
+        ({"gpus": 0.6, "count": 3}, ["0", "1", "2"], "found 0.6 for each of 3 actors"),
+        ({"gpus": 1.5}, ["0", "1", "2", "3"], "found 1.5, allowed: up to 1, or a whole number"),
+    ],
+)
+def test_share_gpus_refuses_what_does_not_fit(actor: dict[str, object], visible: list[str], complaint: str) -> None:
+    with pytest.raises(RecipeError, match=complaint):
+        share_gpus(recipe(**actor), visible)
+
+
+def test_check_resources_says_what_the_node_has() -> None:
+    check_resources(recipe(count=2, cpus=2.0), {"CPU": 4.0})
+    with pytest.raises(RecipeError, match=r"actor\.cpus: found 2 for each of 3 actors.* has 4 CPUs in all.*1\.33333"):
+        check_resources(recipe(count=3, cpus=2.0), {"CPU": 4.0})
+    with pytest.raises(RecipeError, match=r"actor\.gpus: found 1 for each of 1 actors.* has 0 GPUs in all"):
+        check_resources(recipe(gpus=1.0), {"CPU": 4.0})
+
+
+def test_ray_lives_in_a_directory_whose_sockets_have_short_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a-directory-of-a-batch-system"))
+    directory = f"{_short_directory()}/{RAY_DIR_PREFIX}12345678"
+    socket = f"{directory}/session_2026-11-22_13-00-57_984163_4194304/sockets/plasma_store"
+    assert len(socket) <= 107
+    monkeypatch.setattr(tempfile, "tempdir", "/var/tmp")
+    assert _short_directory() == "/var/tmp"
 
 
 def test_visible_gpus_keeps_the_names_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +81,18 @@ def test_visible_gpus_keeps_the_names_of_the_environment(monkeypatch: pytest.Mon
     assert visible_gpus(2) == ["GPU-aa", "GPU-bb"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible_gpus(2) == ["0", "1"]
+
+
+def test_end_of_a_run_leaves_the_files_of_another_run_of_that_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two checkouts that both run the demo: both runs are called "demo"."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ours, theirs = (RunDir(tmp_path / user / "demo").create() for user in ("a", "b"))
+    assert ours.label != theirs.label
+    assert RunDir(ours.path).label == ours.label, "the same for every process of the run"
+    staged = [tmp_path / f"tandem-{run.label}-{what}" for run in (ours, theirs) for what in ("actor-0-abc", "engine-x")]
+    for directory in staged:
+        directory.mkdir()
+    remove_left_over(ours)
+    assert [directory.exists() for directory in staged] == [False, False, True, True]
