@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "commit": commit.stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
-        "command": "make bench",
+        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
     }
 
 
@@ -68,7 +69,7 @@ def print_weights(console: Console, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="weights,sleeping,vllm", help="parts to measure")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each training run")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a run; the first and last do not count")
     options = parser.parse_args()
     console = Console()
     results: dict[str, Any] = {"machine": machine()}

@@ -85,13 +85,15 @@ def _throughput(summary: dict[str, Any]) -> Table:
     table.add_row("steps", f"{summary['steps']} in {summary['wall_s'] / 60:.1f} minutes, evaluations included")
     table.add_row(
         "rollouts",
-        f"{summary['rollout_tokens']} completion tokens, {show(summary['rollout_tokens_per_s'], '{:.0f}')} tok/s",
+        f"{summary['rollout_tokens']} completion tokens, {show(summary['rollout_tokens_per_s'], '{:.0f}')} tok/s while"
+        " generating",
     )
     table.add_row(
         "learner",
         f"{summary['learner_tokens']:.0f} completion tokens through forward and backward,"
         f" {show(summary['learner_tokens_per_s'], '{:.0f}')} tok/s while training",
     )
+    table.add_row("end to end", f"{show(summary['tokens_per_s'], '{:.0f}')} completion tok/s")
     table.add_row("lag", f"{show(summary['lag_mean'], '{:.2f}')} steps mean, {show(summary['lag_max'], '{:.0f}')} max")
     table.add_row(
         "weights",

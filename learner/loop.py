@@ -201,10 +201,15 @@ class Learner:
     # --- before the first step ---
 
     def _prologue(self, version: int) -> None:
-        """Evaluate the model as it came, then the warm start and an evaluation of that."""
-        self._evaluate("before", version)
+        """Evaluate the model as it came, and what the warm start made of it.
+
+        The warm start runs while the engine starts. What is evaluated first is version 1 all the same, of which the
+        publisher holds a copy; the next one is published after that.
+        """
         if self.recipe.warm_start.examples:
             self._warm_start()
+        self._evaluate("before", version)
+        if self.recipe.warm_start.examples:
             version = self._publish()
             self._evaluate("after_warm_start", version)
         self.state["warm_started"] = True
@@ -220,6 +225,7 @@ class Learner:
         for number, batch in enumerate(batches):
             if self.should_stop():
                 raise Interrupted("the warm start")
+            self.source.check()
             figures = sft_step(self.model, optimizer, batch, self.recipe)
             self.status.set(warm_start_batch=number + 1, warm_start_batches=len(batches), loss=figures["loss"])
         self.optimizer = Optimizer(self.model, self.recipe.optim)

@@ -158,12 +158,9 @@ class Source:
                 now, reached = time.monotonic(), progress()
                 if reached != before:
                     before, changed_at = reached, now
-                if self.server.crash is not None:
-                    raise RuntimeError(f"the intake thread died: {self.server.crash!r}") from self.server.crash
+                self._check()
                 if interruptible and self.should_stop():
                     raise Interrupted(what())
-                self._check_engines()
-                self._check_tickets()
                 if now - changed_at > timeout_s:
                     raise DeadlineExceeded(what(), now - changed_at)
                 report = what() if now - reported > REPORT_EVERY_S else ""
@@ -172,6 +169,17 @@ class Source:
             if report:
                 reported = now
                 self.report(report, now - began)
+
+    def check(self) -> None:
+        """Raise what a wait would raise now: RuntimeError, EngineFailed or TicketsFail."""
+        with self.server.lock:
+            self._check()
+
+    def _check(self) -> None:
+        if self.server.crash is not None:
+            raise RuntimeError(f"the intake thread died: {self.server.crash!r}") from self.server.crash
+        self._check_engines()
+        self._check_tickets()
 
     def _check_tickets(self) -> None:
         """Give up when ticket after ticket fails and none succeeds: more of the same would only burn data."""

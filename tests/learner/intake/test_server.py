@@ -610,7 +610,7 @@ def test_heartbeat_that_cannot_be_true_is_counted_and_changes_nothing(
         puppet.next(Beat)
         assert intake.hub.faults.counts == {"malformed": 1}
         assert fault in caplog.text
-        assert list(intake.server.swap_pauses) == [0.5]
+        assert locked(intake, lambda: list(intake.server.swap_pauses)) == [0.5]
         assert all(peer.version == 1 for peer in intake.server.peers.values())
 
 
