@@ -38,7 +38,7 @@ test-real: setup ## all tests that start real engines, the long ones and the kil
 bench: setup     ## measure; results go to benchmarks/results
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-demo: setup      ## align SmolLM2-135M on arithmetic (about 6 minutes on two cores)
+demo: setup      ## align SmolLM2-135M on arithmetic (under 10 minutes on two cores)
 	$(BIN)/tandem demo $(ARGS)
 
 lock: setup      ## resolve the pinned lists anew from pyproject.toml
