@@ -174,11 +174,12 @@ def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> No
     model = preflight(recipe, lambda text: console.print(text, style="dim", highlight=False), ray_address)
     run = make_run()
     console.print(f"run {run.path}", soft_wrap=True)
-    _write_recipe(recipe, run)
-    if not recipe.actor.count:
-        _print_actor_command(run)
-    with ProgressView(console, recipe.name) as view:
-        code = launch(recipe, run, model, view, gpus, ray_address)
+    with run.lock("launcher"):
+        _write_recipe(recipe, run)
+        if not recipe.actor.count:
+            _print_actor_command(run)
+        with ProgressView(console, recipe.name) as view:
+            code = launch(recipe, run, model, view, gpus, ray_address)
     status = read_json(run.status) or {}
     if code == 0:
         print_report(run, console)
@@ -202,7 +203,7 @@ def _with_gpus(recipe: Recipe) -> tuple[Recipe, GpuShares]:
 
 def _print_resume(run: RunDir) -> None:
     """How to go on with a stopped run; where its last checkpoint stands."""
-    steps = [int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*")]
+    steps = run.checkpoint_steps()
     where = f"with a checkpoint of step {max(steps)}" if steps else "before its first checkpoint"
     text = f"stopped {where}. Go on with:\n  tandem train --resume {run.path}"
     console.print(text, soft_wrap=True, highlight=False)
@@ -247,12 +248,12 @@ def _resumed(path: Path, overrides: tuple[str, ...]) -> tuple[Recipe, RunDir]:
     from protocol.config import check_resumable, load_recipe
 
     run = _existing_run(path)
-    with run.lock():  # refuses a run that is alive, before anything of it is touched
+    with run.lock("launcher"), run.lock("learner"):  # refuses a run that is alive, before anything of it is touched
         pass
     before, after = load_recipe(run.recipe), load_recipe(run.recipe, overrides)
     for key, (old, new) in check_resumable(before, after).items():
         console.print(f"{key}: {old!r} -> {new!r}")
-    if not any(run.checkpoints.glob("step-*")):
+    if not run.checkpoint_steps():
         console.print("the run has no checkpoint yet: it starts from the beginning")
     return after, run
 

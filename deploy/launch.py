@@ -50,9 +50,12 @@ class Interrupts:
     """Ctrl-C once: stop after the step. Twice: at once. A closed terminal counts as Ctrl-C."""
 
     count: int = 0
+    terminals: tuple[int, ...] = ()
+    """Which of stdout and stderr are a terminal; asked at the start, since a closed one no longer says so."""
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
+        self.terminals = tuple(stream for stream in (1, 2) if os.isatty(stream))
         before = {signum: signal.getsignal(signum) for signum in SIGNALS}
         self.arm()
         try:
@@ -68,13 +71,14 @@ class Interrupts:
                 signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, _: object) -> None:
-        self.count += 1
-        if signum == signal.SIGHUP:  # nobody sees what is printed from here on, and printing would fail
-            devnull = os.open(os.devnull, os.O_WRONLY)
-            for stream in (1, 2):
-                if os.isatty(stream):
-                    os.dup2(devnull, stream)
-            os.close(devnull)
+        if signum != signal.SIGHUP:
+            self.count += 1
+            return
+        self.count = max(self.count, 1)
+        devnull = os.open(os.devnull, os.O_WRONLY)  # nobody sees what is printed from here on, and printing would fail
+        for stream in self.terminals:
+            os.dup2(devnull, stream)
+        os.close(devnull)
 
 
 def launch(recipe: Recipe, run: RunDir, model: Path, view: View, gpus: GpuShares, ray_address: str = "") -> int:
@@ -120,8 +124,8 @@ def _watch(run: RunDir, learner: LearnerProcess, view: View, interrupts: Interru
             learner.start()
         if interrupts.count and not stopping_since:
             stopping_since = time.monotonic()
-            view.note("stopping after the step in hand, with a checkpoint (Ctrl-C again: at once)")
             learner.signal(signal.SIGTERM)
+            view.note("stopping after the step in hand, with a checkpoint (Ctrl-C again: at once)")
         if interrupts.count > 1 or (stopping_since and time.monotonic() - stopping_since > STOP_S):
             view.note("stopping at once")
             learner.kill()
@@ -168,7 +172,7 @@ class LearnerProcess:
     def may_restart(self) -> bool:
         """Whether another start makes sense: there is a checkpoint, and few restarts so far."""
         self.restarts += 1
-        return self.restarts <= MAX_LEARNER_RESTARTS and any(self.run.checkpoints.glob("step-*"))
+        return self.restarts <= MAX_LEARNER_RESTARTS and bool(self.run.checkpoint_steps())
 
     def signal(self, signum: int) -> None:
         assert self._process is not None

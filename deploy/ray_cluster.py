@@ -71,9 +71,10 @@ def _fits(share: float, count: int, gpus: int) -> bool:
 
 
 def visible_gpus(count: int) -> list[str]:
-    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES spells them."""
+    """Names of the `count` GPUs that this process sees, as CUDA_VISIBLE_DEVICES spells them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [name.strip() for name in named.split(",") if name.strip()] if named else [str(i) for i in range(count)]
+    names = [name.strip() for name in named.split(",") if name.strip()] if named else [str(i) for i in range(count)]
+    return names[:count]  # a name may be of a GPU that is not there
 
 
 # --- Ray ------------------------------------------------------------------------------------------------------------

@@ -42,13 +42,22 @@ def main(arguments: list[str] | None = None) -> int:
 
     stop = StopFlag()
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop.set)  # before the imports that take seconds
-    from learner.loop import Learner
-
+        signal.signal(signum, stop.set)  # before `_learn`'s imports, which take seconds
     run = RunDir(options.run).create()
     try:
-        with run.lock():
-            finished = Learner(load_recipe(run.recipe), run, options.model, stop)()
+        with run.lock("learner"):
+            return _learn(run, options.model, stop)
+    except RecipeError as error:  # the status is the other process's
+        logging.error("%s", error)
+        return EXIT_USER
+
+
+def _learn(run: RunDir, model: Path, stop: StopFlag) -> int:
+    """The run, and its outcome as an exit code."""
+    from learner.loop import Learner
+
+    try:
+        finished = Learner(load_recipe(run.recipe), run, model, stop)()
     except EngineFailed as error:
         return _fail(run, EXIT_ENGINE, f"the engine failed: {error}")
     except (DeadlineExceeded, TicketsFail) as error:

@@ -23,7 +23,7 @@ from learner.evaluate import EvalResult, eval_tickets, summarize, write_response
 from learner.intake.data import Task, load_task
 from learner.intake.dispatcher import TRAIN_EPOCH, Dispatcher
 from learner.intake.journal import Journal, read_failed, read_groups_with_offsets
-from learner.intake.server import IntakeServer
+from learner.intake.server import ActorsSeen, IntakeServer
 from learner.intake.source import Interrupted, Source, StopFlag, TicketsFail
 from learner.methods import grpo, sft
 from learner.metrics import MetricsLog, Status
@@ -80,7 +80,7 @@ class Learner:
             self.state["prompt_fingerprint"] = self.task.fingerprint()
             return
         self.restored = checkpoint.load(latest, self.model, self.optimizer)
-        self.state = self.restored["run"]
+        self.state |= self.restored["run"]
         if self.recipe.steps < self.state["step"]:
             raise RecipeError(f"steps: found {self.recipe.steps}, allowed: at least {self.state['step']}, already done")
         if self.state["prompt_fingerprint"] != self.task.fingerprint():
@@ -137,6 +137,7 @@ class Learner:
         self.publisher = Publisher(self.versions, self.server.reserved, self.server.offer)
         if self.restored is not None:
             self._restore_tickets()
+            self.server.known = ActorsSeen(**self.state["earlier"].get("seen", {}))
         self.server.start()
         write_json(self.run.endpoint, {"work": hub.work_endpoint})
         log.info("the learner listens at %s", hub.work_endpoint)
@@ -203,10 +204,13 @@ class Learner:
     def _prologue(self, version: int) -> None:
         """Evaluate the model as it came, and what the warm start made of it.
 
-        The warm start runs while the engine starts. What is evaluated first is version 1 all the same, of which the
-        publisher holds a copy; the next one is published after that.
+        On a CPU the warm start runs while the engine starts. (On a GPU they may share its memory, of which a starting
+        engine measures what it can have.) What is evaluated first is version 1 all the same, of which the publisher
+        holds a copy; the next one is published after that.
         """
         if self.recipe.warm_start.examples:
+            if self.model.device.type != "cpu":
+                self.source.wait_for_actor(version, self.recipe.actor.start_timeout_s)
             self._warm_start()
         self._evaluate("before", version)
         if self.recipe.warm_start.examples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def run_summary(recipe: Recipe, state: dict[str, Any], server: IntakeServer, pub
         "eval_after_warm_start": reward.get("after_warm_start"),
         "eval_after": reward.get("after"),
         "rollout_tokens": state["rollout_tokens"],
-        "rollout_tokens_per_s": _rate(process["generated_tokens"], process["busy_s"]),
+        "rollout_tokens_per_s": _rate(process["max"] * process["generated_tokens"], process["busy_s"]),
         "tokens_per_s": _rate(state["rollout_tokens"], state["training_s"]),
         "learner_tokens": state["learner_tokens"],
         "learner_tokens_per_s": _rate(state["learner_tokens"], state["train_s"]),
@@ -59,7 +60,7 @@ def run_summary(recipe: Recipe, state: dict[str, Any], server: IntakeServer, pub
     }
 
 
-def process_totals(state: dict[str, Any], server: IntakeServer) -> dict[str, float]:
+def process_totals(state: dict[str, Any], server: IntakeServer) -> dict[str, Any]:
     """What the hub counted, in this process and, by the checkpoint's word (`earlier`), in those before."""
     totals, earlier = server.totals, state["earlier"]
     counted = {
@@ -70,7 +71,7 @@ def process_totals(state: dict[str, Any], server: IntakeServer) -> dict[str, flo
         "busy_s": totals.busy_s,
     }
     summed = {name: value + earlier.get(name, 0) for name, value in counted.items()}
-    return summed | {"max": max(totals.max, earlier.get("max", 0))}
+    return summed | {"max": max(totals.max, earlier.get("max", 0)), "seen": asdict(server.known)}
 
 
 def _rate(count: float, seconds: float) -> float | None:

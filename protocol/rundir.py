@@ -6,12 +6,13 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from protocol.errors import RecipeError
 
@@ -85,10 +86,17 @@ class RunDir:
             file.write(secrets.token_hex(4))
         return f"{self.path.name}-{path.read_text()}"
 
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the checkpoints, also of one that was cut short while it was replaced."""
+        found = (re.fullmatch(r"(?:\.old-)?step-(\d{8,})", path.name) for path in self.checkpoints.glob("*"))
+        return sorted({int(match[1]) for match in found if match})
+
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """The run is ours: journal and version numbers have one writer. Raises RecipeError if a process has it."""
-        with open(self.path / "lock", "a+") as file:
+    def lock(self, role: Literal["learner", "launcher"]) -> Iterator[None]:
+        """One learner writes the run's journal and version numbers, one launcher starts and cleans up.
+
+        Raises RecipeError if another process has the role."""
+        with open(self.path / f"{role}.lock", "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,16 +25,57 @@ from protocol.rundir import RunDir, read_json
 TANDEM = [sys.executable, "-m", "deploy.cli"]
 
 
+class Terminal:
+    """Context manager: a pseudo-terminal whose screen is read by a thread."""
+
+    def __init__(self) -> None:
+        self._master, self.slave = pty.openpty()
+        self.shown = ""
+        self._open = True
+        self._reader = threading.Thread(target=self._read, daemon=True)
+
+    def _read(self) -> None:
+        while self._open:
+            if select.select([self._master], [], [], 0.1)[0]:
+                self.shown += os.read(self._master, 4096).decode(errors="replace")
+
+    def take_control(self) -> None:
+        """In the child: this is its controlling terminal."""
+        fcntl.ioctl(self.slave, termios.TIOCSCTTY, 0)
+
+    def hang_up(self) -> None:
+        """Close the window: the kernel tells the session with SIGHUP."""
+        self._open = False
+        self._reader.join()  # a read in progress would keep it open
+        os.close(self.slave)
+        os.close(self._master)
+
+    def __enter__(self) -> Terminal:
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open:
+            self.hang_up()
+
+
 class Command:
     """A running `tandem …`. As a context manager it is interrupted, then killed, if it has not ended by itself."""
 
-    def __init__(self, arguments: list[str], log: Path, **environment: str) -> None:
+    def __init__(self, arguments: list[str], log: Path, terminal: Terminal | None = None, **environment: str) -> None:
+        """Output goes to `log`, or to a terminal, which is then the controlling one."""
         self.log = log
         self.processes: dict[int, psutil.Process] = {}
         """Every process seen below the command so far: they must all end with it."""
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*TANDEM, *arguments], stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
+                [*TANDEM, *arguments],
+                stdin=terminal and terminal.slave,
+                stdout=terminal.slave if terminal else output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | environment,
+                start_new_session=terminal is not None,
+                preexec_fn=terminal and terminal.take_control,
             )
 
     def __enter__(self) -> Command:

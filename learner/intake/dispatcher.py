@@ -115,7 +115,7 @@ class Dispatcher:
         self._replay_failed: dict[int, str] = {}
         """Likewise, of tickets that failed for good."""
         self.failed_in_a_row = 0
-        """Tickets, of either kind, that failed for good since the last group arrived."""
+        """Train tickets that actors reported as failed, for good, since the last group arrived."""
         self.newly_failed: list[tuple[TicketId, str]] = []
         """Tickets that failed for good and are not in the journal yet."""
         self.trained = self.filtered = self.dropped = self.abandoned = 0
@@ -180,7 +180,7 @@ class Dispatcher:
     def give_back(self, ticket_id: TicketId, actor: str, why: str, attempt: int = 0, excused: bool = False) -> None:
         """A lease is lost: the ticket is issued again, or failed after `max_attempts`.
 
-        `attempt`: only if the lease is of that attempt (a word on an earlier one comes too late); 0: in any case.
+        `attempt`: the actor's own word on that attempt, which counts if the lease is still of it; 0: nobody's word.
         `excused`: nothing speaks against the ticket, so this attempt does not count.
         """
         ledger = self._ledger(ticket_id)
@@ -191,7 +191,7 @@ class Dispatcher:
                 self.reissued += 1
             else:
                 self.newly_failed.append((ticket_id, why))
-                self.failed_in_a_row += 1
+                self.failed_in_a_row += bool(attempt) and ticket_id.epoch == TRAIN_EPOCH
         self.check()
 
     def beat(self, actor: str, listed: Iterable[TicketId]) -> list[TicketId]:
@@ -278,6 +278,11 @@ class Dispatcher:
         to steps that are lost.
         """
         return self._steps.get(version)
+
+    def oldest_step(self, ticket_id: TicketId) -> int:
+        """Least training steps behind the weights of a train ticket's tokens, by max_lag and its place in line."""
+        place = sum(open_id < ticket_id for open_id in self._open_ids())
+        return max(0, self.step + (len(self.in_training) + place) // self.groups_per_step - self.max_lag)
 
     def version_of_step(self, step: int) -> int:
         """Smallest published version with the weights of `step` or later: what a ticket may ask of an engine."""

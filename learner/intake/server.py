@@ -72,6 +72,16 @@ class Peer:
 
 
 @dataclass
+class ActorsSeen:
+    """Actors as they were last heard of, so that one that outlives the learner is not counted anew."""
+
+    incarnations: dict[str, str] = field(default_factory=dict)
+    """Name -> the incarnation that takes part."""
+    worked: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Incarnation -> (tokens, busy seconds) that it has reported so far."""
+
+
+@dataclass
 class ActorTotals:
     """What is known of actors over the whole run, the ones that are gone included."""
 
@@ -86,14 +96,17 @@ class ActorTotals:
 
     @property
     def tokens_per_s(self) -> float:
-        """Completion tokens a second of one actor while it generates."""
-        return self.generated_tokens / self.busy_s if self.busy_s else 0.0
+        """Completion tokens a second of all actors together, while they generate."""
+        return self.max * self.generated_tokens / self.busy_s if self.busy_s else 0.0
 
 
-def unlike(group: Group, ticket: Ticket, vocabulary: int, step_of: Callable[[int], int | None]) -> str:
+def unlike(
+    group: Group, ticket: Ticket, vocabulary: int, step_of: Callable[[int], int | None], oldest_step: int
+) -> str:
     """What in a group does not answer its ticket; "" if all of it does.
 
     `step_of(version)`: training steps behind a version that was announced and not lost with a crash, else None.
+    `oldest_step`: the least of them that keeps the ticket within max_lag.
     """
     if group.kind != ticket.kind:
         return f"kind {group.kind}, expected {ticket.kind}"
@@ -111,11 +124,12 @@ def unlike(group: Group, ticket: Ticket, vocabulary: int, step_of: Callable[[int
         return f"token ids {token_ids.min()}..{token_ids.max()}, expected 0..{vocabulary - 1}"
     if not (np.isfinite(logprobs).all() and (logprobs <= LOGPROB_ROUNDING).all()):
         return f"logprobs {logprobs.min()}..{logprobs.max()}, expected finite ones of at most 0"
-    oldest = step_of(ticket.min_version) or 0
     for version in {version for completion in group.completions for version, _ in completion.spans}:
         step = step_of(version)
-        if step is None or step < oldest or (ticket.kind == "eval" and version != ticket.min_version):
-            return f"tokens of version {version}, expected {ticket.min_version} or later ones that were announced"
+        if ticket.kind == "eval" and version != ticket.min_version:
+            return f"tokens of version {version}, expected {ticket.min_version}"
+        if step is None or step < oldest_step:
+            return f"tokens of version {version}, expected announced ones of step {oldest_step} or later"
     return ""
 
 
@@ -154,12 +168,10 @@ class IntakeServer(threading.Thread):
         """Journal offset of the groups of open train tickets, by index: a checkpoint's replay begins at the least."""
         self.swap_pauses: deque[float] = deque(maxlen=1000)
         self.swap_fetches: deque[float] = deque(maxlen=1000)
-        self._known_incarnations: dict[str, str] = {}
+        self.known = ActorsSeen()
         self._replaced: set[tuple[str, str]] = set()
         """(actor, incarnation) that a later incarnation of the same name has replaced: not let in again."""
         self._swaps: dict[str, int] = {}
-        self._worked: dict[str, tuple[int, float]] = {}
-        """(tokens, busy seconds) that an incarnation has reported so far."""
         self._snapshots: deque[Snapshot] = deque()
         self._drain: Drain | None = None
         self._stopping = threading.Event()
@@ -255,7 +267,7 @@ class IntakeServer(threading.Thread):
             log.warning("refused %s (incarnation %s): %s", hello.actor, hello.incarnation, reason)
             self.hub.send(peer_id, Refused(reason))
             return
-        before = self._known_incarnations.get(hello.actor)
+        before = self.known.incarnations.get(hello.actor)
         if before != hello.incarnation:
             lost = self.dispatcher.actor_gone(hello.actor, "the actor was restarted")
             self.totals.started += before is None
@@ -263,7 +275,7 @@ class IntakeServer(threading.Thread):
             if before is not None:
                 self._replaced.add((hello.actor, before))
                 log.warning("%s is back as incarnation %s; %d leases go back", hello.actor, hello.incarnation, lost)
-        self._known_incarnations[hello.actor] = hello.incarnation
+        self.known.incarnations[hello.actor] = hello.incarnation
         for other in [other for other in self.peers.values() if other.name == hello.actor]:
             del self.peers[other.id]
         self.peers[peer_id] = Peer(peer_id, hello, now, now)
@@ -281,10 +293,10 @@ class IntakeServer(threading.Thread):
             if beat.swaps > 1:  # the first load has nothing to pause
                 self.swap_pauses.append(beat.pause_s)
                 self.swap_fetches.append(beat.fetch_s)
-        before = self._worked.get(peer.hello.incarnation, (0, 0.0))
+        before = self.known.worked.get(peer.hello.incarnation, (0, 0.0))
         self.totals.generated_tokens += max(0, beat.generated_tokens - before[0])
         self.totals.busy_s += max(0.0, beat.busy_s - before[1])
-        self._worked[peer.hello.incarnation] = (beat.generated_tokens, beat.busy_s)
+        self.known.worked[peer.hello.incarnation] = (beat.generated_tokens, beat.busy_s)
 
     def _impossible(self, state: Hello | Heartbeat) -> str:
         """What no actor of this run can say; "" if it may all be true."""
@@ -329,9 +341,12 @@ class IntakeServer(threading.Thread):
     def _group(self, peer: Peer, group: Group) -> None:
         """Journal first, then acknowledge. Duplicates and latecomers are acknowledged and dropped."""
         ticket = self.dispatcher.wanted(group.id)
-        if ticket is not None and (fault := unlike(group, ticket, self.vocabulary, self.dispatcher.step_of)):
+        fault = ticket and unlike(
+            group, ticket, self.vocabulary, self.dispatcher.step_of, self.dispatcher.oldest_step(group.id)
+        )
+        if fault:
             self.hub.faults("group unlike its ticket", f"{group.id} of {peer.name}: {fault}")
-            self.dispatcher.give_back(group.id, peer.name, fault)
+            self.dispatcher.give_back(group.id, peer.name, fault, group.attempt)
         elif ticket is not None:
             holder = self.dispatcher.holders().get(group.id)
             offset = self.journal.append_group(group)

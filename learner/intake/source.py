@@ -130,7 +130,7 @@ class Source:
         """Wait until every actor has said goodbye; False if some have not."""
         try:
             self._wait(lambda: not self.server.peers, lambda: "actors to leave", timeout_s, interruptible=False)
-        except (DeadlineExceeded, EngineFailed):
+        except DeadlineExceeded:
             return False
         return True
 
@@ -158,9 +158,11 @@ class Source:
                 now, reached = time.monotonic(), progress()
                 if reached != before:
                     before, changed_at = reached, now
-                self._check()
-                if interruptible and self.should_stop():
-                    raise Interrupted(what())
+                self._check_thread()
+                if interruptible:
+                    self._check()
+                    if self.should_stop():
+                        raise Interrupted(what())
                 if now - changed_at > timeout_s:
                     raise DeadlineExceeded(what(), now - changed_at)
                 report = what() if now - reported > REPORT_EVERY_S else ""
@@ -176,10 +178,13 @@ class Source:
             self._check()
 
     def _check(self) -> None:
-        if self.server.crash is not None:
-            raise RuntimeError(f"the intake thread died: {self.server.crash!r}") from self.server.crash
+        self._check_thread()
         self._check_engines()
         self._check_tickets()
+
+    def _check_thread(self) -> None:
+        if self.server.crash is not None:
+            raise RuntimeError(f"the intake thread died: {self.server.crash!r}") from self.server.crash
 
     def _check_tickets(self) -> None:
         """Give up when ticket after ticket fails and none succeeds: more of the same would only burn data."""

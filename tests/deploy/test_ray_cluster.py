@@ -79,6 +79,8 @@ def test_ray_lives_in_a_directory_whose_sockets_have_short_names(
 def test_visible_gpus_keeps_the_names_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa, GPU-bb")
     assert visible_gpus(2) == ["GPU-aa", "GPU-bb"]
+    assert visible_gpus(1) == ["GPU-aa"]
+    assert visible_gpus(0) == [], "a name of a GPU that is not there"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert visible_gpus(2) == ["0", "1"]
 

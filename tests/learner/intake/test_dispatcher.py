@@ -207,6 +207,33 @@ def test_excused_attempts_do_not_count_against_a_ticket() -> None:
     assert dispatcher.counts()["failed"] == 1
 
 
+def test_only_train_tickets_that_actors_report_make_the_run_give_up() -> None:
+    dispatcher = make_dispatcher(groups_per_step=2, max_lag=1, max_attempts=1)
+    tickets = issue_all(dispatcher)
+    dispatcher.give_back(tickets[0].id, "a", "a: no", attempt=1)
+    assert dispatcher.failed_in_a_row == 1
+    dispatcher.actor_gone("a", "died with all its leases")
+    assert dispatcher.counts()["failed"] == 4
+    assert dispatcher.failed_in_a_row == 1
+    dispatcher.start_evaluation([msgspec.structs.replace(make_ticket(0), id=TicketId(-1, 0), kind="eval")])
+    ticket, *others = issue_all(dispatcher)
+    dispatcher.give_back(ticket.id, "a", "a: no", attempt=1)
+    assert dispatcher.failed_in_a_row == 1, "an evaluation has a limit of its own"
+    dispatcher.receive(make_group(others[0]))
+    assert dispatcher.failed_in_a_row == 0
+
+
+def test_group_of_a_resumed_ticket_may_be_as_old_as_its_place_in_line_allows() -> None:
+    """Restored tickets ask for the newest weights; what an actor finished before the crash is good all the same."""
+    dispatcher = make_dispatcher(groups_per_step=2, max_lag=1)
+    issue_all(dispatcher)
+    state = dispatcher.state() | {"step": 3, "next_index": 10, "unfinished": [6, 7, 8, 9], "trained": 6}
+    resumed = make_dispatcher(groups_per_step=2, max_lag=1)
+    resumed.restore(state, [], version=9, versions={5: 2, 6: 3, 7: 4})
+    assert [resumed.oldest_step(TicketId(0, index)) for index in (6, 7, 8, 9)] == [2, 2, 3, 3]
+    assert [resumed.step_of(version) for version in (5, 6, 7, 9)] == [2, 3, None, 3], "step 4 is lost"
+
+
 class RandomSchedules(RuleBasedStateMachine):
     """Actors join, die, fail, duplicate, delay and lose groups in any order; the learner takes and commits when it can,
     writes checkpoints, crashes and comes back with its journal."""
@@ -251,8 +278,8 @@ class RandomSchedules(RuleBasedStateMachine):
     def arrive(self, actor: str, group: Group) -> None:
         """As the server does it: a group of lost or too old weights is refused, a good one journaled."""
         wanted, step = self.dispatcher.wanted(group.id), self.dispatcher.step_of(group.completions[0].spans[0][0])
-        if wanted is not None and (step is None or step < (self.dispatcher.step_of(wanted.min_version) or 0)):
-            self.dispatcher.give_back(group.id, actor, "lost weights")
+        if wanted is not None and (step is None or step < self.dispatcher.oldest_step(group.id)):
+            self.dispatcher.give_back(group.id, actor, "lost weights", group.attempt)
         elif wanted is not None:
             self.journal.append(group)
             self.sent.append(group)
