@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,6 +119,32 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+def tokenize_prompt_and_output(prompts: Sequence[str], outputs: Sequence[str], tokenizer: Any) -> dict[str, Tensor]:
+    """Prompts and outputs -> {"input_ids", "labels", "response_mask"}, each [batch, longest - 1].
+
+    The two texts are tokenized apart and joined, so that no token crosses their border. Lines are padded to the longest
+    first (with the tokenizer's pad token, else its end-of-sequence token); then the ids lose their last column and the
+    labels their first, and the mask is True where a label is a token of the output, by recorded lengths. This is the
+    plain form, for those who study or write their own loop; the learner packs instead (`pack`).
+    """
+    pairs = [
+        (
+            tokenizer(prompt, add_special_tokens=False)["input_ids"],
+            tokenizer(output, add_special_tokens=False)["input_ids"],
+        )
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+    longest = max(len(prompt) + len(output) for prompt, output in pairs)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.full((len(pairs), longest), padding, dtype=torch.int64)
+    response = torch.zeros(len(pairs), longest, dtype=torch.bool)
+    for line, (prompt, output) in enumerate(pairs):
+        end = len(prompt) + len(output)
+        ids[line, :end] = torch.tensor([*prompt, *output])
+        response[line, len(prompt) : end] = True
+    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": response[:, 1:]}
 
 
 def plan_microbatches(rows: Iterable[Row], budget_tokens: int) -> list[list[Row]]:

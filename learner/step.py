@@ -143,12 +143,10 @@ def _policy_loss(
             grpo.aggregation, packed.mask, packed.sequence_tokens, minibatch.num_tokens, minibatch.num_sequences,
             recipe.rollout.max_tokens,
         )  # fmt: skip
-        if grpo.loss == "reinforce":
-            loss, metrics = losses.reinforce(output.logprobs, packed.advantages, importance, weights)
-        else:
-            loss, metrics = losses.grpo_clip(
-                output.logprobs, proximal, packed.advantages, importance, weights, grpo.clip_low, grpo.clip_high
-            )
+        loss, metrics = losses.packed_policy_loss(
+            grpo.loss, output.logprobs, proximal, packed.advantages, importance, weights, packed.sequence_index,
+            grpo.clip_low, grpo.clip_high,
+        )  # fmt: skip
         return loss, metrics | losses.policy_metrics(
             proximal, packed.engine_logprobs, importance, packed.mask, grpo.importance_cap
         )

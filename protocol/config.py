@@ -85,9 +85,11 @@ class RolloutConfig(Section):
 
 
 class GrpoConfig(Section):
-    advantage: Literal["group_mean", "group_mean_std"] = "group_mean_std"
+    advantage: Literal["group_mean_std", "group_mean", "leave_one_out", "batch_normalized", "none"] = "group_mean_std"
+    """GRPO; Dr. GRPO; RLOO; REINFORCE++; the reward itself, which goes with loss = no_baseline alone."""
     std_eps: PositiveFloat = 1e-4
-    loss: Literal["grpo_clip", "reinforce"] = "grpo_clip"
+    loss: Literal["no_baseline", "reinforce_with_baseline", "grpo_clip", "gspo", "cispo"] = "grpo_clip"
+    """The first two know no ratio; gspo: the sequence's ratio; cispo: the weight is clipped, no gradient is lost."""
     clip_low: Fraction = 0.2
     clip_high: PositiveFloat = 0.2
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
@@ -236,10 +238,16 @@ class Recipe(Section):
     def check(self) -> Recipe:
         """Refuse combinations that no single key shows."""
         rollout = self.rollout
-        if rollout.group_size < 2:
+        grpo = self.grpo
+        if rollout.group_size < 2 and grpo.advantage not in ("none", "batch_normalized"):
             raise ValueError(
                 f"rollout.group_size: found {rollout.group_size}, allowed: at least 2 with grpo.advantage ="
-                f' "{self.grpo.advantage}" (a group of one has no baseline)'
+                f' "{grpo.advantage}" (a group of one has no baseline)'
+            )
+        if (grpo.loss == "no_baseline") != (grpo.advantage == "none"):
+            raise ValueError(
+                f'grpo.advantage: found "{grpo.advantage}" with grpo.loss = "{grpo.loss}", allowed: "none" (the raw'
+                ' rewards) with "no_baseline", and with no other loss'
             )
         sequences = rollout.groups_per_step * rollout.group_size
         if rollout.groups_per_step % self.optim.minibatches:
@@ -247,10 +255,11 @@ class Recipe(Section):
                 f"optim.minibatches: found {self.optim.minibatches}, allowed: a divisor of rollout.groups_per_step ="
                 f" {rollout.groups_per_step} (a minibatch is made of whole groups; {sequences} completions a step)"
             )
-        if self.grpo.loss == "reinforce" and (updates := self.optim.epochs * self.optim.minibatches) > 1:
+        unclipped = grpo.loss in ("no_baseline", "reinforce_with_baseline")
+        if unclipped and (updates := self.optim.epochs * self.optim.minibatches) > 1:
             raise ValueError(
-                f'grpo.loss: found "reinforce" with {updates} updates a step (optim.epochs x optim.minibatches),'
-                ' allowed: 1, since it does not correct for the drift between them; "grpo_clip" does'
+                f'grpo.loss: found "{grpo.loss}" with {updates} updates a step (optim.epochs x optim.minibatches),'
+                " allowed: 1, since it does not correct for the drift between them; the losses with a ratio do"
             )
         biased = [k for k, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)) if getattr(rollout, k) != off]
         if biased and not rollout.accept_sampling_bias:

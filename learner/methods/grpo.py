@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from learner.batch import Batch, Minibatch, Row, Sample
-from learner.methods.advantages import group_mean, group_mean_std
+from learner.methods import advantages as estimators
 from protocol.config import GrpoConfig, Recipe
 from protocol.messages import Group
 
@@ -35,7 +35,8 @@ def make_batch(groups: Sequence[Group], recipe: Recipe, step_of_version: StepOfV
     """
     if not groups:
         raise ValueError("groups: found none, expected at least one")
-    rows = [group_row(group, recipe.grpo, step_of_version, step) for group in groups]
+    advantages = batch_advantages(groups, recipe.grpo)
+    rows = [group_row(group, values, step_of_version, step) for group, values in zip(groups, advantages, strict=True)]
     size = -(-len(rows) // recipe.optim.minibatches)
     minibatches = tuple(
         _minibatch(rows[start : start + size], recipe.grpo.skip_zero_advantage) for start in range(0, len(rows), size)
@@ -43,14 +44,13 @@ def make_batch(groups: Sequence[Group], recipe: Recipe, step_of_version: StepOfV
     return Batch(step=step, minibatches=minibatches, stats=group_stats(groups, rows))
 
 
-def group_row(group: Group, config: GrpoConfig, step_of_version: StepOfVersion, step: int) -> Row:
+def group_row(group: Group, advantages: Sequence[float], step_of_version: StepOfVersion, step: int) -> Row:
     """A group with its advantages and lags, every completion included, in order."""
     token_ids = _buffer(group, "token_ids", group.token_ids, "<i4")
     logprobs = _buffer(group, "logprobs", group.logprobs, "<f4")
     mask = _buffer(group, "mask", group.mask, "u1").astype(bool)  # a copy: ours to change
     samples: list[Sample] = []
     start = 0
-    advantages = group_advantages(group, config)
     for index, (completion, advantage) in enumerate(zip(group.completions, advantages, strict=True)):
         part = slice(start, start + completion.num_tokens)
         lag = token_lags(completion.spans, completion.num_tokens, step_of_version, step)
@@ -66,20 +66,44 @@ def group_row(group: Group, config: GrpoConfig, step_of_version: StepOfVersion, 
     return Row(group.prompt_ids, tuple(samples), group.temperature)
 
 
-def group_advantages(group: Group, config: GrpoConfig) -> list[float]:
-    """One advantage for each completion, from the group's rewards alone.
+def batch_advantages(groups: Sequence[Group], config: GrpoConfig) -> list[list[float]]:
+    """Advantages of every completion of every group, from the rewards alone.
 
-    A completion whose grader failed has no reward: it is no part of the baseline and gets advantage 0.
+    A completion whose grader failed has no reward: it is no part of any baseline and gets advantage 0.
     """
-    graded = torch.tensor([not completion.grader_error for completion in group.completions])
-    rewards = torch.tensor(group.rewards, dtype=torch.float32)[graded][None]
-    if not rewards.isfinite().all():
-        raise ValueError(f"group {group.id}: found rewards {group.rewards}, expected finite numbers")
-    advantages = torch.zeros(len(group.completions))
-    if rewards.numel() > 1:
-        with_std = config.advantage == "group_mean_std"
-        advantages[graded] = (group_mean_std(rewards, config.std_eps) if with_std else group_mean(rewards))[0]
-    return advantages.tolist()
+    graded = [[not completion.grader_error for completion in group.completions] for group in groups]
+    rewards = [
+        torch.tensor([r for r, sound in zip(group.rewards, kept, strict=True) if sound])
+        for group, kept in zip(groups, graded, strict=True)
+    ]
+    for group, values in zip(groups, rewards, strict=True):
+        if not values.isfinite().all():
+            raise ValueError(f"group {group.id}: found rewards {group.rewards}, expected finite numbers")
+    if config.advantage == "none":
+        estimated = rewards
+    elif config.advantage == "batch_normalized":
+        every = torch.cat(rewards)[None]
+        normalized = estimators.batch_normalized(every, config.std_eps) if every.numel() > 1 else torch.zeros(1, 1)
+        estimated = list(normalized[0].split([len(values) for values in rewards]))
+    else:
+        estimated = [_group_advantages(values, config) for values in rewards]
+    result = []
+    for kept, values in zip(graded, estimated, strict=True):
+        remaining = iter(values.tolist())
+        result.append([next(remaining) if sound else 0.0 for sound in kept])
+    return result
+
+
+def _group_advantages(rewards: torch.Tensor, config: GrpoConfig) -> torch.Tensor:
+    """[graded] rewards of one group -> the same; a group of one says nothing."""
+    if len(rewards) < 2:
+        return torch.zeros_like(rewards)
+    group = rewards[None]
+    if config.advantage == "group_mean_std":
+        return estimators.group_mean_std(group, config.std_eps)[0]
+    if config.advantage == "leave_one_out":
+        return estimators.leave_one_out(group)[0]
+    return estimators.group_mean(group)[0]
 
 
 def token_lags(

@@ -1,32 +1,195 @@
-"""Losses over response tokens. Pure tensor functions: tensors in, (loss, metrics) out, mask and denominator explicit.
+"""Losses over response tokens. Pure tensor functions: tensors in, tensors out, mask and denominator explicit.
 
-All per-token tensors have shape [N], the response tokens of one microbatch. A loss is the weighted sum of per-token
-losses, where the weights (`token_weights`) already hold the denominator of the whole optimizer update: summing over
-microbatches gives exactly the loss, and the gradient, of the update computed at once.
+Three layers, each usable alone; docs/algorithms.md has the equations and their papers.
 
-Metrics are sums (never means), detached, so that they too can be added over microbatches. Knows no model and no config
-file; called by `learner/step.py`.
+1. From logits: `token_entropy`, `response_logprobs`; over a mask: `masked_sum`, `masked_mean`, `masked_normalize`.
+2. Per-token policy losses (`policy_gradient`, `grpo_clip`, `gspo`, `cispo`): any shapes that broadcast, for example
+   logprobs [batch, seq] and advantages [batch, 1]; no mask and no mean. `sft_microbatch_step`, `grpo_microbatch_step`
+   make a whole accumulated backward pass of padded tensors from them, for those who study or write their own loop.
+3. What `learner/step.py` uses: all tensors [N], the response tokens of one packed microbatch. A loss is the weighted
+   sum of per-token losses, where the weights (`token_weights`) hold the denominator of the whole optimizer update:
+   summing over microbatches gives exactly the loss, and the gradient, of the update computed at once.
+
+Metrics are detached; those of layer 3 are sums, so that they too can be added over microbatches. Knows no config file.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
+PolicyLoss = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip", "gspo", "cispo"]
 Metrics = dict[str, Tensor]
 
 
-def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum where the mask is True; what lies outside may be NaN or infinite. [N], [N] bool -> scalar."""
-    return values.masked_fill(~mask, 0.0).sum()
+# --- over a mask, and from logits -------------------------------------------------------------------------------------
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean where the mask is True; 0 where it is True nowhere. [N], [N] bool -> scalar."""
-    return masked_sum(values, mask) / mask.sum().clamp(min=1)
+def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum where the mask is True; what lies outside may be NaN or infinite. Over `dim`, or over all."""
+    kept = values.masked_fill(~mask.bool(), 0.0)
+    return kept.sum() if dim is None else kept.sum(dim)
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean where the mask is True; 0 where it is True nowhere. Over `dim`, or over all."""
+    count = mask.bool().sum() if dim is None else mask.bool().sum(dim)
+    return masked_sum(values, mask, dim) / count.clamp(min=1)
+
+
+def masked_normalize(values: Tensor, mask: Tensor, constant: float, dim: int | None = None) -> Tensor:
+    """Sum where the mask is True, divided by a constant. Over `dim`, or over all."""
+    return masked_sum(values, mask, dim) / constant
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the next-token distribution in nats: [..., vocabulary] -> [...]. Stable for logits of any size.
+
+    H = -sum p log p, from a log-softmax in float32: where p is 0, log p is large but finite, and its product 0.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def response_logprobs(
+    model: Callable[..., Any], input_ids: Tensor, labels: Tensor, with_entropy: bool = False
+) -> dict[str, Tensor]:
+    """{"log_probs": [batch, seq] log p(label), "token_entropy": [batch, seq] if asked for}, for every position.
+
+    `model(input_ids).logits` is [batch, seq, vocabulary], as of transformers; labels are the ids one place further on
+    (`learner.batch.tokenize_prompt_and_output`). Gradients flow if they are on. The learner's own forward (`model.py`)
+    applies the vocabulary head at response positions only; this one is the plain form.
+    """
+    logits = model(input_ids).logits
+    logprobs = logits.float().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    return {"log_probs": logprobs} | ({"token_entropy": token_entropy(logits)} if with_entropy else {})
+
+
+# --- per-token policy losses ------------------------------------------------------------------------------------------
+
+
+def policy_gradient(advantages: Tensor, logprobs: Tensor) -> Tensor:
+    """-A log p (Williams 1992). With raw rewards for A it is REINFORCE without a baseline."""
+    return -advantages * logprobs
+
+
+def grpo_clip(
+    advantages: Tensor, logprobs: Tensor, old: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Metrics]:
+    """-min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(log p - log p_old), and {"ratio", "clipped"} per token.
+
+    PPO (Schulman et al. 2017, eq. 7), with bounds of their own on either side (DAPO, Yu et al. 2025, eq. 10). `old` is
+    the proximal policy: the learner's own logprobs before the step's first update. "clipped": the clipped term was the
+    smaller one, so the token has no gradient.
+    """
+    ratio = (logprobs - old.detach()).exp()
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
+    return -torch.minimum(unclipped, clipped), _detached({"ratio": ratio, "clipped": (clipped < unclipped).float()})
+
+
+def gspo(
+    advantages: Tensor, logprobs: Tensor, mean_log_ratio: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Metrics]:
+    """`grpo_clip` with the sequence's ratio s = exp(mean over its tokens of log p - log p_old) for every token's.
+
+    GSPO (Zheng et al. 2025, "Group Sequence Policy Optimization"), in its per-token form (GSPO-token): the value of s,
+    the gradient of log p. `mean_log_ratio`: that mean, at every token of its sequence. Averaged per sequence
+    ("sequence_mean") the gradient is GSPO's. The bounds are far closer than PPO's: the paper has 3e-4 and 4e-4.
+    """
+    held = logprobs.detach()
+    return grpo_clip(advantages, logprobs, held - mean_log_ratio.detach(), clip_low, clip_high)
+
+
+def cispo(
+    advantages: Tensor, logprobs: Tensor, old: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Metrics]:
+    """-sg(clip(r, 1 - low, 1 + high)) A log p: the weight is clipped, and no token loses its gradient.
+
+    CISPO (MiniMax 2025, "MiniMax-M1"; the paper leaves the lower bound off, which is clip_low = 1).
+    """
+    ratio = (logprobs - old).detach().exp()
+    bounded = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return -bounded * advantages * logprobs, {"ratio": ratio, "clipped": (bounded != ratio).float()}
+
+
+# --- a whole microbatch of padded tensors -----------------------------------------------------------------------------
+
+
+def policy_loss(
+    kind: PolicyLoss,
+    logprobs: Tensor,
+    mask: Tensor,
+    *,
+    raw_rewards: Tensor | None = None,
+    advantages: Tensor | None = None,
+    old: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> tuple[Tensor, Metrics]:
+    """Per-token loss of one of the five kinds: logprobs and mask [batch, seq], rewards and advantages [batch, 1].
+
+    `no_baseline` wants `raw_rewards`, the others `advantages`; the three with a ratio want `old` [batch, seq]. Raises
+    ValueError for what is missing.
+    """
+    signal = raw_rewards if kind == "no_baseline" else advantages
+    if signal is None:
+        name = "raw_rewards" if kind == "no_baseline" else "advantages"
+        raise ValueError(f"{name}: found nothing, allowed with {kind}: a tensor [batch, 1]")
+    if kind in ("no_baseline", "reinforce_with_baseline"):
+        return policy_gradient(signal, logprobs), {}
+    if old is None:
+        raise ValueError(f"old: found nothing, allowed with {kind}: a tensor [batch, seq]")
+    if kind == "gspo":
+        mean = masked_mean(logprobs.detach() - old, mask, dim=-1)[..., None]
+        return gspo(signal, logprobs, mean, clip_low, clip_high)
+    if kind not in ("grpo_clip", "cispo"):
+        raise ValueError(f"kind: found {kind!r}, allowed: no_baseline, reinforce_with_baseline, grpo_clip, gspo, cispo")
+    return (grpo_clip if kind == "grpo_clip" else cispo)(signal, logprobs, old, clip_low, clip_high)
+
+
+def sft_microbatch_step(
+    logprobs: Tensor, mask: Tensor, accumulation_steps: int, normalize_constant: float = 1.0
+) -> tuple[Tensor, Metrics]:
+    """Negative log-likelihood of the response tokens of one of `accumulation_steps` microbatches, with backward pass.
+
+    [batch, seq] logprobs and mask. Returns the loss, sum / normalize_constant / batch / accumulation_steps, detached.
+    """
+    loss = masked_normalize(-logprobs, mask, normalize_constant) / logprobs.shape[0] / accumulation_steps
+    loss.backward()
+    return loss.detach(), {"tokens": mask.sum()}
+
+
+def grpo_microbatch_step(
+    logprobs: Tensor,
+    mask: Tensor,
+    accumulation_steps: int,
+    kind: PolicyLoss,
+    *,
+    normalize_constant: float | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, Metrics]:
+    """`policy_loss` of one of `accumulation_steps` microbatches, and its backward pass.
+
+    Each sequence's loss is the mean over its response tokens (GRPO), or their sum over `normalize_constant` (Dr. GRPO);
+    the microbatch's is the mean over its sequences, divided by `accumulation_steps`. Returns it, detached, and the
+    means of the loss's metrics over the mask.
+    """
+    per_token, metrics = policy_loss(kind, logprobs, mask, **arguments)
+    if normalize_constant is None:
+        per_sequence = masked_mean(per_token, mask, dim=-1)
+    else:
+        per_sequence = masked_normalize(per_token, mask, normalize_constant, dim=-1)
+    loss = per_sequence.mean() / accumulation_steps
+    loss.backward()
+    return loss.detach(), {name: masked_mean(value, mask) for name, value in metrics.items()}
+
+
+# --- packed microbatches ----------------------------------------------------------------------------------------------
 
 
 def token_weights(
@@ -68,40 +231,48 @@ def importance_weights(old: Tensor, engine: Tensor, cap: float) -> Tensor:
     return (old.detach() - engine).exp().clamp(max=cap)
 
 
-def grpo_clip(
+def packed_policy_loss(
+    kind: PolicyLoss,
     logprobs: Tensor,
     old: Tensor,
     advantages: Tensor,
     importance: Tensor,
     weights: Tensor,
+    sequence_index: Tensor,
     clip_low: float,
     clip_high: float,
 ) -> tuple[Tensor, Metrics]:
-    """Clipped policy gradient: sum of w x importance x -min(r A, clip(r, 1 - low, 1 + high) A), r = exp(logp - old).
+    """Sum over tokens of weight x importance x per-token loss; all [N], scalar out.
 
-    PPO (Schulman et al. 2017, eq. 7), with bounds of their own on either side (DAPO, Yu et al. 2025, eq. 10). `old` is
-    the proximal policy: the learner's own logprobs before the step's first update. All [N]. `weights` from
-    `token_weights`; tokens of weight 0 add nothing. Metrics: "ratio", "ratio_squared", "clipped" (tokens whose clipped
-    term was the smaller one, so that their gradient is 0).
+    `weights` from `token_weights`; tokens of weight 0 add nothing, and nothing to the gradient, whatever they hold.
+    `sequence_index`: which completion a token is of. Metrics, for the kinds with a ratio: sums of "ratio",
+    "ratio_squared" and "clipped".
     """
     mask = weights > 0
-    ratio = (logprobs - old.detach()).masked_fill(~mask, 0.0).exp()
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
-    loss = masked_sum(-torch.minimum(unclipped, clipped) * importance * weights, mask)
-    metrics = {
-        "ratio": masked_sum(ratio, mask),
-        "ratio_squared": masked_sum(ratio.square(), mask),
-        "clipped": masked_sum((clipped < unclipped).float(), mask),
-    }
-    return loss, _detached(metrics)
-
-
-def reinforce(logprobs: Tensor, advantages: Tensor, importance: Tensor, weights: Tensor) -> tuple[Tensor, Metrics]:
-    """Policy gradient without clipping: sum of w x importance x -A logp (Williams 1992). All [N]."""
-    mask = weights > 0
     logprobs = logprobs.masked_fill(~mask, 0.0)  # here, too: 0 x NaN outside the mask would be a NaN gradient
-    return masked_sum(-advantages * logprobs * importance * weights, mask), {}
+    old = old.detach().masked_fill(~mask, 0.0)
+    metrics: Metrics = {}
+    if kind in ("no_baseline", "reinforce_with_baseline"):
+        per_token = policy_gradient(advantages, logprobs)
+    elif kind == "gspo":
+        mean = sequence_means((logprobs - old).detach(), mask, sequence_index)
+        per_token, metrics = gspo(advantages, logprobs, mean, clip_low, clip_high)
+    else:
+        per_token, metrics = (grpo_clip if kind == "grpo_clip" else cispo)(
+            advantages, logprobs, old, clip_low, clip_high
+        )
+    if metrics:
+        metrics |= {"ratio_squared": metrics["ratio"].square()}
+    loss = masked_sum(per_token * importance * weights, mask)
+    return loss, {name: masked_sum(value, mask) for name, value in metrics.items()}
+
+
+def sequence_means(values: Tensor, mask: Tensor, sequence_index: Tensor) -> Tensor:
+    """Mean over each sequence's masked tokens, at every one of its tokens: [N] -> [N]; 0 for a sequence without any."""
+    sequences = int(sequence_index.max()) + 1 if len(sequence_index) else 0
+    totals = torch.zeros(sequences, device=values.device).index_add(0, sequence_index, values.masked_fill(~mask, 0.0))
+    counts = torch.zeros(sequences, device=values.device).index_add(0, sequence_index, mask.float())
+    return (totals / counts.clamp(min=1))[sequence_index]
 
 
 def sft(logprobs: Tensor, weights: Tensor) -> tuple[Tensor, Metrics]:

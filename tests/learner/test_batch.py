@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from learner.batch import Row, Sample, pack, plan_microbatches, split_row
+from learner.batch import Row, Sample, pack, plan_microbatches, split_row, tokenize_prompt_and_output
 from tests.learner.reference import random_rows
+from tests.tiny_model import make_tiny_tokenizer
 
 
 def sample(ids: list[int], mask: list[int] | None = None, advantage: float = 0.0, lag: int = 0) -> Sample:
@@ -80,3 +81,26 @@ def test_split_row_repeats_the_prompt_and_keeps_the_order() -> None:
     assert [[int(s.token_ids[0]) for s in piece.samples] for piece in pieces] == [[0, 1], [2, 3], [4]]
     assert all(piece.prompt_ids == row.prompt_ids and piece.temperature == 0.7 for piece in pieces)
     assert split_row(row, 13) == [row]
+
+
+def test_tokenize_prompt_and_output_pads_first_and_cuts_then() -> None:
+    class Tokenizer:
+        pad_token_id = None
+        eos_token_id = 9
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            assert not add_special_tokens
+            return {"input_ids": [int(digit) for digit in text]}
+
+    found = tokenize_prompt_and_output(["12", "3"], ["45", "6789"], Tokenizer())
+    assert found["input_ids"].tolist() == [[1, 2, 4, 5], [3, 6, 7, 8]]
+    assert found["labels"].tolist() == [[2, 4, 5, 9], [6, 7, 8, 9]]
+    assert found["response_mask"].int().tolist() == [[0, 1, 1, 0], [1, 1, 1, 1]], "the 9 of an output is no padding"
+
+
+def test_tokenize_prompt_and_output_with_a_real_tokenizer_loses_nothing() -> None:
+    tokenizer = make_tiny_tokenizer()
+    prompts, outputs = ["What is 1 + 1?", "7"], ["It is 2.", "1 and 2 and 3"]
+    found = tokenize_prompt_and_output(prompts, outputs, tokenizer)
+    for line, output in enumerate(outputs):
+        assert tokenizer.decode(found["labels"][line][found["response_mask"][line]]) == output

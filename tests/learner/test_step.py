@@ -75,7 +75,7 @@ def naive_gradients(
         first = len(row.prompt_ids)
         distribution = torch.log_softmax(logits[i, first - 1 : first - 1 + s.num_tokens] / row.temperature, -1)
         logprobs = torch.stack([distribution[t, token] for t, token in enumerate(s.token_ids.tolist())])
-        weight = (logprobs.detach() - torch.from_numpy(s.engine_logprobs)).exp().clamp(max=grpo.importance_cap)
+        weight = (logprobs.detach() - torch.tensor(s.engine_logprobs)).exp().clamp(max=grpo.importance_cap)
         ratio = (logprobs - logprobs.detach()).exp()
         per_token = -weight * (ratio * s.advantage if grpo.loss == "grpo_clip" else logprobs * s.advantage)
         sequences.append(per_token[torch.from_numpy(s.mask)])
@@ -101,7 +101,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
-@pytest.mark.parametrize(("loss", "budget"), [("grpo_clip", 14), ("reinforce", 1000)])
+@pytest.mark.parametrize(("loss", "budget"), [("grpo_clip", 14), ("reinforce_with_baseline", 1000)])
 def test_train_step_gradient_equals_the_naive_padded_one(kind: str, aggregation: str, loss: str, budget: int) -> None:
     settings = recipe(budget, {"aggregation": aggregation, "loss": loss})
     model, rows = policy(kind), random_rows(temperature=0.7)
@@ -188,7 +188,7 @@ def test_train_step_with_several_updates_equals_clipped_updates_by_hand() -> Non
         old = old or [x.detach() for x in logprobs]
         loss = torch.zeros(())
         for (_, s), now, before in zip(lines, logprobs, old, strict=True):
-            weight = (before - torch.from_numpy(s.engine_logprobs)).exp().clamp(max=2.0)
+            weight = (before - torch.tensor(s.engine_logprobs)).exp().clamp(max=2.0)
             ratio = (now - before).exp()
             loss = loss - (weight * torch.minimum(ratio * s.advantage, ratio.clamp(0.8, 1.2) * s.advantage)).sum()
         optimizer.zero_grad()

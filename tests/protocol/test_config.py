@@ -235,7 +235,7 @@ def test_resume_may_change_what_does_not_alter_finished_steps() -> None:
         ("seed=1", "seed"),
         ("rollout.group_size=4", "rollout.group_size"),
         ("rollout.temperature=0.7", "rollout.temperature"),
-        ("grpo.loss=reinforce", "grpo.loss"),
+        ("grpo.loss=cispo", "grpo.loss"),
         ("task.max_operand=9", "task.max_operand"),
         ("model.path=elsewhere", "model.path"),
         ("optim.minibatches=2", "optim.minibatches"),

@@ -5,7 +5,13 @@ import statistics
 import pytest
 import torch
 
-from learner.methods.advantages import group_mean, group_mean_std
+from learner.methods.advantages import (
+    batch_normalized,
+    group_mean,
+    group_mean_std,
+    group_normalized_rewards,
+    leave_one_out,
+)
 
 REWARDS = [[1.0, 0.0, 0.0, 0.0], [0.3, 0.9, -2.0, 4.0], [0.1, 0.1, 0.1, 0.1]]
 
@@ -27,3 +33,36 @@ def test_group_mean_std_is_exactly_zero_for_equal_rewards() -> None:
     rewards = torch.full((1, 7), 0.1)  # the mean of seven times 0.1 is not 0.1 in float32
     assert group_mean_std(rewards, 1e-8).eq(0).all()
     assert group_mean(rewards).eq(0).all()
+
+
+def test_leave_one_out_subtracts_the_mean_of_the_others() -> None:
+    expected = [
+        [reward - statistics.fmean(group[:i] + group[i + 1 :]) for i, reward in enumerate(group)] for group in REWARDS
+    ]
+    torch.testing.assert_close(leave_one_out(torch.tensor(REWARDS)), torch.tensor(expected), atol=1e-6, rtol=1e-6)
+
+
+def test_batch_normalized_knows_no_groups() -> None:
+    flat = [reward for group in REWARDS for reward in group]
+    mean, deviation = statistics.fmean(flat), statistics.stdev(flat)
+    expected = [[(reward - mean) / (deviation + 0.1) for reward in group] for group in REWARDS]
+    torch.testing.assert_close(batch_normalized(torch.tensor(REWARDS), 0.1), torch.tensor(expected))
+    assert batch_normalized(torch.full((3, 1), 0.1), 1e-8).eq(0).all()
+
+
+@pytest.mark.parametrize("by_std", [True, False])
+def test_group_normalized_rewards_grades_and_compares_within_groups(by_std: bool) -> None:
+    def grade(response: str, answer: str) -> dict[str, float]:
+        return {"reward": float(response == answer), "format": 1.0}
+
+    responses, answers = ["1", "2", "3", "3", "5", "5"], ["1", "1", "3", "3", "5", "6"]
+    advantages, rewards, figures = group_normalized_rewards(grade, responses, answers, 2, 1e-6, by_std)
+    assert rewards.tolist() == [1, 0, 1, 1, 1, 0]
+    half = 0.5 / (statistics.stdev([1, 0]) + 1e-6) if by_std else 0.5
+    assert advantages.tolist() == pytest.approx([half, -half, 0, 0, half, -half])
+    assert figures == pytest.approx(
+        {"reward_mean": 2 / 3, "reward_std": statistics.stdev(rewards.tolist()), "reward_min": 0.0, "reward_max": 1.0,
+         "format_mean": 1.0}
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="found 6 for 6 answers in groups of 4"):
+        group_normalized_rewards(grade, responses, answers, 4)

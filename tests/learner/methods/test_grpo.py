@@ -75,6 +75,21 @@ def test_make_batch_uses_the_standard_deviation_of_the_recipe() -> None:
     assert [s.advantage for s in batch.minibatches[0].rows[0].samples] == pytest.approx(expected)
 
 
+def test_make_batch_estimates_advantages_as_the_recipe_says() -> None:
+    rewards = [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.5], [1.0, 1.0, 1.0]]
+    flat = np.array(rewards)
+    expected = {
+        "leave_one_out": (flat - flat.mean(1, keepdims=True)) * 3 / 2,
+        "batch_normalized": (flat - flat.mean()) / (flat.std(ddof=1) + 0.5),
+        "none": flat,
+    }
+    for advantage, values in expected.items():
+        loss = {"loss": "no_baseline"} if advantage == "none" else {}
+        batch = make(recipe(advantage=advantage, std_eps=0.5, skip_zero_advantage=False, **loss))
+        found = [[sample.advantage for sample in row.samples] for row in batch.minibatches[0].rows]
+        assert np.array(found) == pytest.approx(values, abs=1e-6), advantage
+
+
 def test_make_batch_describes_the_groups() -> None:
     stats = make(recipe()).stats
     rewards = [1, 0, 0, 0, 0, 0, 0, 1, 0.5, 1, 1, 1]

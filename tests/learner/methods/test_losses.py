@@ -36,6 +36,16 @@ def weights_of(d: dict[str, torch.Tensor], aggregation: losses.Aggregation) -> t
     )
 
 
+def packed(
+    kind: losses.PolicyLoss, d: dict[str, torch.Tensor], importance: torch.Tensor, aggregation: losses.Aggregation,
+    low: float = 0.2, high: float = 0.2,
+) -> tuple[torch.Tensor, losses.Metrics]:  # fmt: skip
+    return losses.packed_policy_loss(
+        kind, d["logprobs"], d["old"], d["advantages"], importance, weights_of(d, aggregation), d["sequence_index"],
+        low, high,
+    )  # fmt: skip
+
+
 def aggregate(per_token: list[float], d: dict[str, torch.Tensor], aggregation: str) -> float:
     """Sequence by sequence, token by token."""
     kept = [
@@ -54,9 +64,7 @@ def aggregate(per_token: list[float], d: dict[str, torch.Tensor], aggregation: s
 def test_grpo_clip_equals_a_loop_over_tokens(aggregation: losses.Aggregation, low: float, high: float) -> None:
     d = data()
     importance = losses.importance_weights(d["old"], d["engine"], 1.5)
-    loss, metrics = losses.grpo_clip(
-        d["logprobs"], d["old"], d["advantages"], importance, weights_of(d, aggregation), low, high
-    )
+    loss, metrics = packed("grpo_clip", d, importance, aggregation, low, high)
     per_token, clipped, ratios = [], 0, []
     for n in range(N):
         advantage = float(d["advantages"][n])
@@ -76,9 +84,7 @@ def test_grpo_clip_equals_a_loop_over_tokens(aggregation: losses.Aggregation, lo
 
 def test_grpo_clip_gradient_is_zero_where_clipped_and_outside_the_mask() -> None:
     d = data()
-    loss, _ = losses.grpo_clip(
-        d["logprobs"], d["old"], d["advantages"], torch.ones(N), weights_of(d, "token_mean"), 0.2, 0.2
-    )
+    loss, _ = packed("grpo_clip", d, torch.ones(N), "token_mean")
     loss.backward()
     for n in range(N):
         ratio, advantage = math.exp(float((d["logprobs"].detach() - d["old"])[n])), float(d["advantages"][n])
@@ -91,7 +97,7 @@ def test_reinforce_and_sft_equal_loops() -> None:
     d = data()
     importance = losses.importance_weights(d["old"], d["engine"], 2.0)
     lp = d["logprobs"].tolist()
-    loss, _ = losses.reinforce(d["logprobs"], d["advantages"], importance, weights_of(d, "sequence_mean"))
+    loss, _ = packed("reinforce_with_baseline", d, importance, "sequence_mean")
     per_token = [
         -min(math.exp(float(d["old"][n]) - float(d["engine"][n])), 2.0) * float(d["advantages"][n]) * lp[n]
         for n in range(N)
@@ -129,7 +135,8 @@ def test_policy_metrics_equal_loops_over_the_mask() -> None:
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
-def test_losses_and_metrics_add_up_over_microbatches(aggregation: losses.Aggregation) -> None:
+@pytest.mark.parametrize("kind", ["grpo_clip", "gspo", "cispo", "reinforce_with_baseline"])
+def test_losses_and_metrics_add_up_over_microbatches(kind: losses.PolicyLoss, aggregation: losses.Aggregation) -> None:
     d = data()
     weights = weights_of(d, aggregation)
 
@@ -138,9 +145,8 @@ def test_losses_and_metrics_add_up_over_microbatches(aggregation: losses.Aggrega
         own = losses.token_weights(
             aggregation, d["mask"][tokens], d["sequence_tokens"][tokens], int(d["mask"].sum()), len(LENGTHS), MAX_TOKENS
         )
-        return losses.grpo_clip(
-            d["logprobs"][tokens], d["old"][tokens], d["advantages"][tokens], importance, own, 0.2, 0.2
-        )
+        mine = [d[name][tokens] for name in ("logprobs", "old", "advantages")]
+        return losses.packed_policy_loss(kind, *mine, importance, own, d["sequence_index"][tokens], 0.2, 0.2)
 
     whole, first, second = part(slice(None)), part(slice(0, 4)), part(slice(4, None))
     assert weights.sum() > 0
@@ -157,12 +163,163 @@ def test_masked_values_may_be_anything() -> None:
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
     weights = losses.token_weights("token_mean", mask[:2], torch.tensor([1, 1]), 1, 2, 6)
     bad = torch.tensor([-1.0, float("-inf")])
-    loss, metrics = losses.grpo_clip(
-        logprobs, bad, torch.ones(2), losses.importance_weights(bad, bad, 2.0), weights, 0.2, 0.2
-    )
+    importance, sequence = losses.importance_weights(bad, bad, 2.0), torch.zeros(2, dtype=torch.int64)
+    arguments = (bad, torch.ones(2), importance, weights, sequence, 0.2, 0.2)
+    loss, metrics = losses.packed_policy_loss("grpo_clip", logprobs, *arguments)
     loss.backward()
     assert loss.item() == -1.0 and logprobs.grad.tolist() == [-1.0, 0.0]
     assert metrics["ratio"].item() == 1.0
-    logprobs.grad = None
-    losses.reinforce(logprobs, torch.ones(2), losses.importance_weights(bad, bad, 2.0), weights)[0].backward()
-    assert logprobs.grad.tolist() == [-1.0, 0.0]
+    for kind in ("reinforce_with_baseline", "gspo", "cispo"):
+        logprobs.grad = None
+        losses.packed_policy_loss(kind, logprobs, *arguments)[0].backward()
+        assert logprobs.grad.tolist() == [-1.0, 0.0], kind
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (1.0, 0.1)])
+def test_cispo_equals_a_loop_and_no_token_loses_its_gradient(low: float, high: float) -> None:
+    d = data()
+    loss, metrics = packed("cispo", d, torch.ones(N), "token_mean", low, high)
+    loss.backward()
+    tokens, clipped = int(d["mask"].sum()), 0
+    expected = 0.0
+    for n in range(N):
+        ratio = math.exp(float((d["logprobs"].detach() - d["old"])[n]))
+        bounded = min(max(ratio, 1 - low), 1 + high)
+        gradient = -bounded * float(d["advantages"][n]) / tokens if d["mask"][n] else 0.0
+        expected += gradient * float(d["logprobs"].detach()[n])
+        clipped += bool(d["mask"][n]) and bounded != ratio
+        assert float(d["logprobs"].grad[n]) == pytest.approx(gradient, rel=1e-4, abs=1e-9)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert metrics["clipped"].item() == clipped > 0
+
+
+@pytest.mark.parametrize("bound", [10.0, 0.05])
+def test_gspo_gradient_is_that_of_the_sequence_objective(bound: float) -> None:
+    """(1 / G) sum over sequences of min(s A, clip(s) A), s the geometric mean of the ratios, differentiated whole."""
+    d = data()
+    loss, metrics = packed("gspo", d, torch.ones(N), "sequence_mean", min(bound, 1.0), bound)
+    loss.backward()
+    found, d["logprobs"].grad = d["logprobs"].grad.clone(), None
+    objective, clipped_tokens = torch.zeros(()), 0
+    for s in range(len(LENGTHS)):
+        mine = (d["sequence_index"] == s) & d["mask"]
+        if not mine.any():
+            continue
+        ratio = (d["logprobs"] - d["old"])[mine].mean().exp()
+        advantage = d["advantages"][mine][0]
+        bounded = ratio.clamp(1 - min(bound, 1.0), 1 + bound)
+        objective = objective + torch.minimum(ratio * advantage, bounded * advantage) / len(LENGTHS)
+        clipped_tokens += int(mine.sum()) if bounded * advantage < ratio * advantage else 0
+    (-objective).backward()
+    torch.testing.assert_close(found, d["logprobs"].grad, atol=1e-7, rtol=1e-4)
+    assert loss.item() == pytest.approx(-objective.item(), rel=1e-4)
+    assert metrics["clipped"].item() == clipped_tokens
+    assert (clipped_tokens > 0) == (bound < 1)
+
+
+# --- the plain forms, on padded tensors ---
+
+
+def padded(d: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """[sequences, longest] of a packed tensor, 0 in the padding."""
+    lines = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=d[name].dtype)
+    for s in range(len(LENGTHS)):
+        lines[s, : LENGTHS[s]] = d[name].detach()[d["sequence_index"] == s]
+    return lines
+
+
+@pytest.mark.parametrize("kind", ["no_baseline", "reinforce_with_baseline", "grpo_clip", "gspo", "cispo"])
+@pytest.mark.parametrize("constant", [None, float(MAX_TOKENS)])
+def test_grpo_microbatch_steps_give_the_packed_gradient(kind: losses.PolicyLoss, constant: float | None) -> None:
+    """Padded and in two accumulated halves, or packed and at once: the same. (No sequence without trainable tokens:
+    the plain form has a mean over none then, which is 0, and so is the packed one's.)"""
+    d = data()
+    aggregation: losses.Aggregation = "sequence_mean" if constant is None else "constant"
+    expected_loss, _ = packed(kind, d, torch.ones(N), aggregation)
+    expected_loss.backward()
+    logprobs = padded(d, "logprobs").requires_grad_()
+    mask, old, signal = padded(d, "mask"), padded(d, "old"), padded(d, "advantages").amax(1, keepdim=True)
+    signal = torch.where(signal == 0, padded(d, "advantages").amin(1, keepdim=True), signal)
+    total = 0.0
+    for half in (slice(0, 2), slice(2, 4)):
+        name = "raw_rewards" if kind == "no_baseline" else "advantages"
+        arguments = {name: signal[half], "old": old[half]}
+        loss, metrics = losses.grpo_microbatch_step(
+            logprobs[half], mask[half], 2, kind, normalize_constant=constant, **arguments
+        )
+        assert not loss.requires_grad
+        assert set(metrics) == (set() if "base" in kind else {"ratio", "clipped"})
+        total += loss.item()
+    assert total == pytest.approx(expected_loss.item(), rel=1e-4)
+    for s in range(len(LENGTHS)):
+        torch.testing.assert_close(logprobs.grad[s, : LENGTHS[s]], d["logprobs"].grad[d["sequence_index"] == s])
+        assert not logprobs.grad[s, LENGTHS[s] :].any()
+
+
+def test_policy_loss_is_per_token_with_one_advantage_a_line() -> None:
+    logprobs, old = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]]), torch.tensor([[-1.5, -2.0], [-0.5, -2.0]])
+    advantages, mask = torch.tensor([[2.0], [-1.0]]), torch.ones(2, 2, dtype=torch.bool)
+    loss, _ = losses.policy_loss("reinforce_with_baseline", logprobs, mask, advantages=advantages)
+    assert loss.tolist() == [[2.0, 4.0], [-0.5, -3.0]]
+    loss, metrics = losses.policy_loss("grpo_clip", logprobs, mask, advantages=advantages, old=old)
+    torch.testing.assert_close(loss, torch.tensor([[-2.4, -2.0], [1.0, 0.8]]))  # min(-0.37, -0.8) where A < 0
+    assert metrics["clipped"].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "complaint"),
+    [
+        ("no_baseline", {"advantages": torch.ones(1, 1)}, "raw_rewards: found nothing"),
+        ("grpo_clip", {"raw_rewards": torch.ones(1, 1)}, "advantages: found nothing"),
+        ("gspo", {"advantages": torch.ones(1, 1)}, "old: found nothing"),
+        ("ppo", {"advantages": torch.ones(1, 1), "old": torch.ones(1, 1)}, "kind: found 'ppo'"),
+    ],
+)
+def test_policy_loss_names_what_is_missing(kind: losses.PolicyLoss, arguments: dict, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        losses.policy_loss(kind, torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool), **arguments)
+
+
+def test_sft_microbatch_steps_accumulate_to_the_mean_over_the_batch() -> None:
+    logprobs = torch.tensor([[-1.0, -2.0, -9.0], [-3.0, -4.0, -5.0]], requires_grad=True)
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    loss, figures = losses.sft_microbatch_step(logprobs, mask, accumulation_steps=4, normalize_constant=10.0)
+    assert loss.item() == pytest.approx((1 + 2 + 4 + 5) / 10 / 2 / 4)
+    assert figures["tokens"].item() == 4
+    torch.testing.assert_close(logprobs.grad, -mask.float() / 80)
+
+
+def test_masked_mean_and_normalize_over_a_dimension_and_over_all() -> None:
+    values = torch.tensor([[1.0, 2.0, math.nan], [4.0, math.inf, 6.0], [math.nan] * 3])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 0]])
+    assert losses.masked_mean(values, mask).item() == pytest.approx(13 / 4)
+    assert losses.masked_mean(values, mask, dim=1).tolist() == [1.5, 5.0, 0.0]
+    assert losses.masked_mean(values, mask, dim=0).tolist() == [2.5, 2.0, 6.0]
+    assert losses.masked_normalize(values, mask, 10.0, dim=-1).tolist() == pytest.approx([0.3, 1.0, 0.0])
+    assert losses.masked_normalize(values, mask, 2.0).item() == pytest.approx(6.5)
+
+
+def test_token_entropy_is_exact_and_stable_for_huge_logits() -> None:
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, math.log(3.0), -1e4, -1e4]], dtype=torch.float32)
+    expected = [math.log(4), -0.25 * math.log(0.25) - 0.75 * math.log(0.75)]
+    assert losses.token_entropy(logits).tolist() == pytest.approx(expected, rel=1e-6)
+    huge = torch.tensor([[1e4, -1e4, 0.0], [1e4, 1e4, -1e4], [-1e4, -1e4, -1e4]])
+    assert losses.token_entropy(huge).tolist() == pytest.approx([0.0, math.log(2), math.log(3)], abs=1e-6)
+    assert losses.token_entropy(huge.to(torch.bfloat16)).isfinite().all()
+
+
+def test_response_logprobs_of_a_model_are_those_of_its_softmax() -> None:
+    table = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+
+    class Model:
+        def __call__(self, ids: torch.Tensor) -> object:
+            return type("Output", (), {"logits": table[ids]})
+
+    ids, labels = torch.tensor([[0, 1, 4]]), torch.tensor([[6, 2, 0]])
+    found = losses.response_logprobs(Model(), ids, labels, with_entropy=True)
+    for t in range(3):
+        row = [math.exp(x) for x in table[ids[0, t]].tolist()]
+        share = [x / sum(row) for x in row]
+        assert found["log_probs"][0, t].item() == pytest.approx(math.log(share[labels[0, t]]), rel=1e-5)
+        assert found["token_entropy"][0, t].item() == pytest.approx(-sum(p * math.log(p) for p in share), rel=1e-5)
+    assert set(losses.response_logprobs(Model(), ids, labels)) == {"log_probs"}
