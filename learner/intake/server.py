@@ -389,7 +389,7 @@ class IntakeServer(threading.Thread):
     def _journal_failures(self) -> None:
         """Before anything takes the place of a ticket that failed for good, the journal says that it did."""
         for ticket_id, why in self.dispatcher.newly_failed:
-            log.error("ticket %s failed for good: %s", ticket_id, why)
+            log.error("ticket %s failed for good: %.300s", ticket_id, why)
             if ticket_id.epoch == TRAIN_EPOCH:
                 self.journal.append_failed((ticket_id.epoch, ticket_id.index), why)
         self.dispatcher.newly_failed.clear()

@@ -634,7 +634,7 @@ def test_run_gives_up_with_the_cause_when_every_ticket_fails(tmp_path: Path) -> 
             with pytest.raises(TicketsFail, match=r"8 tickets in a row failed .* actor-9: ValueError: no such grader!"):
                 taking.result(DEADLINE_S)
         assert all(len(why) < 2_100 for why in intake.dispatcher.train.failed.values())
-        failed = dict(read_failed(intake.journal.path))
+    failed = dict(read_failed(intake.journal.path))
     assert [ticket_id.index for ticket_id in failed] == list(range(FATAL_TICKETS)), "a replay must know of them"
 
 
