@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--only", default="weights,sleeping,vllm", help="parts to measure")
     parser.add_argument("--steps", type=int, default=8, help="steps of a run; the first and last do not count")
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     results: dict[str, Any] = {"machine": machine()}
     for part in options.only.split(","):
         console.rule(part)

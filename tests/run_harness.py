@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import ipaddress
 import os
@@ -100,6 +101,15 @@ class Command:
         except psutil.NoSuchProcess:
             pass
 
+    def names(self) -> list[str]:
+        """What the processes of the command call themselves now."""
+        self.look()
+        names = []
+        for process in self.processes.values():
+            with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                names.append(" ".join(process.cmdline()))
+        return names
+
     def until(self, condition: Callable[[], Any], what: str, timeout_s: float) -> Any:
         """Wait for a condition; fails with the command's output if it ends first, or takes too long."""
         deadline = time.monotonic() + timeout_s
@@ -129,8 +139,9 @@ class Command:
 
 
 def left_behind(run: RunDir, launcher_pid: int) -> list[Path]:
-    """Staged weights of the run, and temporary Ray directories of its launcher."""
-    staged = list(Path("/dev/shm").glob(f"tandem-{run.label}-*"))
+    """Staged weights and engines' files of the run, and temporary Ray directories of its launcher."""
+    places = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+    staged = [path for place in places for path in place.glob(f"tandem-{run.label}-*")]
     rays = [
         directory
         for directory in Path(tempfile.gettempdir()).glob("tandem-ray-*")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,21 @@ def test_engine_that_cannot_start_ends_the_run_with_its_own_error(tmp_path: Path
         assert "No available memory for the cache blocks" in command.output().replace("\n", " ")
         assert "Engine core initialization failed" not in command.output()
         assert command.left_running() == []
+        assert left_behind(run, command.process.pid) == []
+
+
+@pytest.mark.timeout(400)
+def test_ctrl_c_while_the_engine_starts_leaves_nothing(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.replace("MODEL", str(make_tiny_model(tmp_path / "tiny"))))
+    run = RunDir(tmp_path / "runs" / "cli")
+    arguments = ["train", str(recipe), "--runs", str(run.path.parent), "--set", 'actor.engine="vllm"']
+    with Command(arguments, tmp_path / "log") as command:
+        command.until(lambda: "EngineCore" in " ".join(command.names()), "engine core", 200)
+        command.process.send_signal(signal.SIGINT)
+        assert command.wait(90) == 3, command.output()
+        assert "stopped before its first checkpoint" in command.output()
+        assert command.left_running(30) == []
         assert left_behind(run, command.process.pid) == []
 
 

@@ -33,7 +33,8 @@ from tests.engine_parity import (
 )
 from tests.tiny_model import make_tiny_model
 
-pytestmark = [pytest.mark.real_engine, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.real_engine
+in_module_loop = pytest.mark.asyncio(loop_scope="module")  # the shared engine's
 
 GONE_TIMEOUT_S = 60
 
@@ -51,6 +52,7 @@ async def engine(model_dir: Path) -> AsyncIterator[VLLMEngine]:
     await engine.stop()
 
 
+@in_module_loop
 @pytest.mark.parametrize("stale", ["", "lm_head.weight", "model.embed_tokens.weight"])
 async def test_untied_head_and_embedding_are_updated_apart(
     engine: VLLMEngine, model_dir: Path, tmp_path: Path, stale: str
@@ -62,6 +64,7 @@ async def test_untied_head_and_embedding_are_updated_apart(
     assert difference > 100 * BOUND if stale else difference < BOUND
 
 
+@in_module_loop
 async def test_recompute_gives_every_token_the_logprob_of_its_version(
     engine: VLLMEngine, model_dir: Path, tmp_path: Path
 ) -> None:
@@ -73,6 +76,7 @@ async def test_recompute_gives_every_token_the_logprob_of_its_version(
             assert span_difference(models[version], prompt, one, start, end) < BOUND
 
 
+@in_module_loop
 async def test_load_with_missing_and_unknown_tensors_names_them_and_condemns(
     engine: VLLMEngine, model_dir: Path, tmp_path: Path
 ) -> None:
@@ -99,6 +103,7 @@ async def test_load_with_missing_and_unknown_tensors_names_them_and_condemns(
         await generate_all(engine, 1.0)
 
 
+@in_module_loop
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
@@ -193,6 +198,7 @@ def test_engine_core_that_is_killed_fails_the_requests_in_flight(model_dir: Path
         actor.kill()
 
 
+@in_module_loop
 async def test_start_can_be_tried_again_after_a_failure(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineFailed):
         await VLLMEngine().start(welcome_for(model_dir, max_model_len=100_000))
