@@ -17,13 +17,12 @@ from pathlib import Path
 
 from protocol.errors import WeightsError
 from protocol.messages import Manifest, Welcome
+from protocol.rundir import OWNER_FILE
 from protocol.sockets import Link
 from protocol.tensors import safetensors_header
 from protocol.weights import check_data
 
 SHARED_MEMORY = Path("/dev/shm")
-OWNER_FILE = "owner.pid"
-"""Names the process that a staging directory belongs to, so that leftovers of a killed one can be told and removed."""
 
 
 def safe_name(name: str) -> str:

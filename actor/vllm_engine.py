@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actor.engine import Generated
-from actor.staging import OWNER_FILE, safe_name
+from actor.staging import safe_name
 from actor.vllm_children import ERRORS_VARIABLE, PARENT_VARIABLE, describe, recorded_cause
 from protocol.errors import EngineFailed
 from protocol.messages import Manifest, Sampling, Welcome
+from protocol.rundir import OWNER_FILE
 
 SHUTDOWN_GRACE_S = 2.0
 """vLLM kills what has not ended by then; its processes hold nothing worth more patience."""

@@ -23,7 +23,7 @@ from typing import Literal
 import psutil
 
 from deploy.models import bundled_dir, bundled_gguf, cache_dir
-from deploy.ray_cluster import OWNER_FILE
+from protocol.rundir import OWNER_FILE
 
 Level = Literal["ok", "warn", "fail"]
 GIB = 1 << 30

@@ -20,9 +20,8 @@ from typing import Any
 
 from protocol.config import Recipe
 from protocol.errors import RecipeError
-from protocol.rundir import RunDir
+from protocol.rundir import OWNER_FILE, RunDir
 
-OWNER_FILE = "owner.pid"
 RAY_DIR_PREFIX = "tandem-ray-"
 CONNECT_S = 5.0
 LONGEST_TEMPORARY = 20

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from protocol.config import Recipe, load_recipe
+from protocol.config import load_recipe
 from protocol.rundir import RunDir, read_json, read_jsonl
 
 EVAL_NAMES = {"before": "before", "after_warm_start": "after the warm start", "after": "after GRPO"}
@@ -112,7 +112,7 @@ def _throughput(summary: dict[str, Any]) -> Table:
 
 def draw_curve(run: RunDir, evals: dict[str, Any]) -> bool:
     """Draw the reward of every step, and the held-out reward, as PNG. False if there is nothing to draw."""
-    rows = _latest_of_each_step(read_jsonl(run.metrics))
+    rows = read_jsonl(run.metrics)
     if not rows:
         return False
     import matplotlib
@@ -137,11 +137,6 @@ def draw_curve(run: RunDir, evals: dict[str, Any]) -> bool:
     return True
 
 
-def _latest_of_each_step(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A resumed run may have written a step twice: the later line counts."""
-    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
-
-
 def _print_files(run: RunDir, console: Console) -> None:
     for what, path in (
         ("model", run.model),
@@ -161,8 +156,3 @@ def _short(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def recipe_of(run: RunDir) -> Recipe:
-    """The resolved recipe of a run directory."""
-    return load_recipe(run.recipe)

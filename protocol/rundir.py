@@ -16,6 +16,9 @@ from typing import Any, Literal
 
 from protocol.errors import RecipeError
 
+OWNER_FILE = "owner.pid"
+"""In a temporary directory: the process it belongs to, so that leftovers of a killed one can be told and removed."""
+
 
 @dataclass(frozen=True)
 class RunDir:
