@@ -9,14 +9,18 @@ import os
 import platform
 import signal
 import sys
+from collections.abc import Sequence
 
 from actor.loop import ActorLoop, LearnerLost, LearnerRefused
 from protocol.errors import EngineFailed
 
 
-async def run_until_signalled(learner: str, name: str, lost_learner_s: float) -> int:
+async def run_until_signalled(
+    learner: str, name: str, lost_learner_s: float, user_functions: Sequence[str] = ()
+) -> int:
     """Run one actor; SIGINT and SIGTERM make it leave in good order. Returns the exit code."""
-    actor = ActorLoop(learner, name, lost_learner_s=lost_learner_s)
+    path = os.getcwd()
+    actor = ActorLoop(learner, name, lost_learner_s=lost_learner_s, user_functions=user_functions, user_path=path)
     task = asyncio.ensure_future(actor.run())
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, task.cancel)
@@ -37,9 +41,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("learner", help="tcp://HOST:PORT, or the run's endpoint.json")
     parser.add_argument("--name", default=f"{platform.node()}-{os.getpid()}", help="unique among the actors of the run")
     parser.add_argument("--lost-learner-s", type=float, default=120.0, help="silence after which the actor gives up")
+    parser.add_argument(
+        "--grader",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="a function of yours that task.grader may name, also from the working directory; repeatable",
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    return asyncio.run(run_until_signalled(options.learner, options.name, options.lost_learner_s))
+    return asyncio.run(run_until_signalled(options.learner, options.name, options.lost_learner_s, options.grader))
 
 
 if __name__ == "__main__":

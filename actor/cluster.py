@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -39,18 +40,27 @@ def configure_logging() -> None:
 class RolloutActor:
     """Runs one `ActorLoop` for the life of the process."""
 
-    def __init__(self, learner: str, name: str, log_path: str, lost_learner_s: float) -> None:
+    def __init__(
+        self,
+        learner: str,
+        name: str,
+        log_path: str,
+        lost_learner_s: float,
+        user_functions: tuple[str, ...] = (),
+        user_path: str = "",
+    ) -> None:
         self._state = "running"
         redirect_output(log_path)
         configure_logging()
-        self._thread = threading.Thread(target=self._run, args=(learner, name, lost_learner_s), name="actor-loop")
+        options = {"lost_learner_s": lost_learner_s, "user_functions": user_functions, "user_path": user_path}
+        self._thread = threading.Thread(target=self._run, args=(learner, name, options), name="actor-loop")
         self._thread.start()
 
-    def _run(self, learner: str, name: str, lost_learner_s: float) -> None:
+    def _run(self, learner: str, name: str, options: dict[str, Any]) -> None:
         from actor.loop import ActorLoop, LearnerRefused
 
         try:
-            reason = asyncio.run(ActorLoop(learner, name, lost_learner_s=lost_learner_s).run())
+            reason = asyncio.run(ActorLoop(learner, name, **options).run())
             log.info("%s ends: %s", name, reason)
             self._state = "drained"
         except LearnerRefused as error:

@@ -21,14 +21,16 @@ from types import TracebackType
 
 import msgspec
 
-from actor.grading_worker import HEADER_BYTES, Reply, Request, describe, encode_frame
+from actor.grading_worker import HEADER_BYTES, READY, Reply, Request, describe, encode_frame
 from actor.rewards import Scores
 from protocol.errors import DeadlineExceeded
 
 WORKER_COMMAND = (sys.executable, "-P", "-m", "actor.grading_worker")
-"""Starts a worker; the number of its socket and our process id are appended. -P: a directory named `actor` in the
-working directory is not taken for this package."""
+"""Starts a worker; the number of its socket, our process id and the user functions are appended. -P: a directory named
+`actor` in the working directory is not taken for this package."""
 START_TIMEOUT_S = 60.0
+"""For a worker to come up, user functions included, and for what a grader imports at its first use."""
+MAX_PREPARED = 1000
 MAX_REPLY_BYTES = 1 << 20
 
 Graded = tuple[Scores, str]
@@ -39,18 +41,31 @@ class GraderPool:
     """`async with GraderPool(workers=1, timeout_s=5.0) as pool: scores, error = await pool.grade("exact", "7", "7")`.
 
     A worker grades one response at a time. A call first waits for a free worker; it is freed by the call that holds
-    it, at the latest when that call's time limit has passed.
+    it, at the latest when that call's time limit has passed. What a grader imports at its first use in a worker is not
+    part of any sample's time.
+
+    `user_functions` (module:function) are all that the workers import besides the built-in graders, whatever a request
+    names; modules are also looked for in `user_path`.
     """
 
-    def __init__(self, workers: int, timeout_s: float, command: Sequence[str] = WORKER_COMMAND) -> None:
+    def __init__(
+        self,
+        workers: int,
+        timeout_s: float,
+        command: Sequence[str] = WORKER_COMMAND,
+        user_functions: Sequence[str] = (),
+        user_path: str = "",
+    ) -> None:
         if workers < 1:
             raise ValueError(f"workers: found {workers}, allowed: at least 1")
         self._timeout_s = timeout_s
-        self._workers = [_Worker(command) for _ in range(workers)]
+        arguments = (user_path, *user_functions) if user_functions else ()
+        self._workers = [_Worker(command, arguments) for _ in range(workers)]
         self._free: asyncio.Queue[_Worker] = asyncio.Queue()
 
     async def __aenter__(self) -> GraderPool:
-        """Start the workers. Raises OSError or DeadlineExceeded if one does not come up."""
+        """Start the workers. Raises ValueError for a user function that cannot be imported, OSError or DeadlineExceeded
+        if a worker does not come up."""
         try:
             await asyncio.gather(*(worker.start() for worker in self._workers))
         except BaseException:
@@ -77,7 +92,7 @@ class GraderPool:
         except UnicodeEncodeError as error:
             return {"reward": 0.0}, describe(error)
         async with self._take() as worker:
-            reply = await self._ask(worker, frame)
+            reply = await self._ask(worker, grader, frame)
         return ({"reward": 0.0} if reply.error else reply.scores), reply.error
 
     async def grade_group(self, grader: str, responses: Sequence[str], answer: str) -> list[Graded]:
@@ -92,11 +107,13 @@ class GraderPool:
         finally:
             self._free.put_nowait(worker)
 
-    async def _ask(self, worker: _Worker, frame: bytes) -> Reply:
+    async def _ask(self, worker: _Worker, grader: str, frame: bytes) -> Reply:
         """One request and its reply. Whatever goes wrong, no worker is left with half an exchange."""
         try:
             await worker.start()
-        except (OSError, DeadlineExceeded) as error:
+            await worker.prepare(grader)
+        except (OSError, EOFError, ValueError, msgspec.MsgspecError, DeadlineExceeded) as error:
+            await worker.kill()
             return Reply({}, f"no grading process: {describe(error)}")
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -114,8 +131,11 @@ class GraderPool:
 class _Worker:
     """One worker process, started again when it is needed after it has ended."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], arguments: Sequence[str]) -> None:
         self._command = command
+        self._arguments = arguments
+        self._prepared: set[str] = set()
+        """Graders that this process has been asked to import for."""
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: asyncio.StreamReader
         self._writer: asyncio.StreamWriter | None = None
@@ -127,7 +147,8 @@ class _Worker:
         return self._process.pid if self._process and self._process.poll() is None else 0
 
     async def start(self) -> None:
-        """Unless it runs, start the process and wait until it is ready. Raises OSError or DeadlineExceeded."""
+        """Unless it runs, start the process and wait until it is ready. Raises OSError, DeadlineExceeded or, for a
+        user function that cannot be imported, ValueError."""
         if self.pid and self._writer:
             return
         await self.kill()
@@ -136,7 +157,9 @@ class _Worker:
         try:
             self._reader, self._writer = await asyncio.open_unix_connection(sock=self._spawn())
             async with asyncio.timeout(START_TIMEOUT_S):
-                await self._receive()  # "ready"
+                said = (await self._receive()).error
+            if said != READY:
+                raise ValueError(said.removeprefix("ValueError: "))
         except TimeoutError:
             await self.kill()
             raise DeadlineExceeded("a grading process to start", START_TIMEOUT_S) from None
@@ -152,7 +175,7 @@ class _Worker:
         with theirs:
             try:
                 self._process = subprocess.Popen(
-                    [*self._command, str(theirs.fileno()), str(os.getpid())],
+                    [*self._command, str(theirs.fileno()), str(os.getpid()), *self._arguments],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,  # graders may print; their errors show in our log
                     pass_fds=(theirs.fileno(),),
@@ -162,6 +185,21 @@ class _Worker:
                 ours.close()
                 raise
         return ours
+
+    async def prepare(self, grader: str) -> None:
+        """Have the process import what a grader needs, once. Raises DeadlineExceeded, and as `ask` does."""
+        if grader in self._prepared:
+            return
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await self.ask(encode_frame(Request(grader, "", "", prepare=True)))
+        except TimeoutError:
+            raise DeadlineExceeded("a grader's imports", START_TIMEOUT_S) from None
+        except BaseException:
+            self.abandon()
+            raise
+        if len(self._prepared) < MAX_PREPARED:
+            self._prepared.add(grader)
 
     async def ask(self, frame: bytes) -> Reply:
         """Waits for the worker to read and to answer; the caller's time limit bounds both."""
@@ -188,12 +226,36 @@ class _Worker:
         """Kill, and wait for the end. Returns the exit status (negative: the signal) that it died with."""
         self.abandon()
         process, self._process = self._process, None
+        self._prepared.clear()
         return await asyncio.to_thread(process.wait) if process else 0  # SIGKILL cannot be refused
 
     async def close(self) -> None:
         """`kill`, for good."""
         self._closed = True
         await self.kill()
+
+
+def check_user_functions(names: Sequence[str], directory: str) -> None:
+    """Import user functions in a new process, as a worker does. Raises ValueError with what is wrong with one."""
+    try:
+        tried = subprocess.run(
+            [*WORKER_COMMAND, "--check", directory, *names],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=_with_packages_on_path(os.environ),
+            timeout=START_TIMEOUT_S,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"grader: found {', '.join(names)}, allowed: what is imported within {START_TIMEOUT_S:g} s"
+        ) from None
+    if tried.returncode:
+        lines = tried.stderr.strip().splitlines() or [_describe_death(tried.returncode)]
+        raise ValueError(lines[-1].removeprefix("ValueError: "))
 
 
 def _with_packages_on_path(environment: Mapping[str, str]) -> dict[str, str]:

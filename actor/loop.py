@@ -16,7 +16,7 @@ import os
 import platform
 import secrets
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -84,12 +84,24 @@ def make_engine(name: str) -> Engine:
 class ActorLoop:
     """One actor process's work, from hello to goodbye."""
 
-    def __init__(self, learner: str, name: str, *, lost_learner_s: float = 120.0, engine: Engine | None = None) -> None:
+    def __init__(
+        self,
+        learner: str,
+        name: str,
+        *,
+        lost_learner_s: float = 120.0,
+        engine: Engine | None = None,
+        user_functions: Sequence[str] = (),
+        user_path: str = "",
+    ) -> None:
+        """`user_functions`: the graders module:function that this actor may call, modules also from `user_path`. They
+        come from whoever starts the actor, never from the learner."""
         self.learner = learner
         self.name = name
         self.incarnation = secrets.token_hex(4)
         self.lost_learner_s = lost_learner_s
         self.engine = engine
+        self.user_functions, self.user_path = tuple(user_functions), user_path
         self.phase, self.phase_since = "connecting", time.monotonic()
         self.held: dict[TicketId, asyncio.Task[None]] = {}
         self.unacked: dict[TicketId, Group] = {}
@@ -192,8 +204,9 @@ class ActorLoop:
         background = [beating, listening]
         try:
             self._enter("starting engine")
-            await self._or_fail(self.engine.start(self.welcome), background)
-            async with GraderPool(workers, limit_s) as self.grader:
+            graders = GraderPool(workers, limit_s, user_functions=self.user_functions, user_path=self.user_path)
+            async with graders as self.grader:  # first: it takes a tenth of a second, and a fault of a user's shows
+                await self._or_fail(self.engine.start(self.welcome), background)
                 self.link.open_weights(self.welcome.bulk, self.welcome.news)
                 self._enter("waiting for weights")
                 await self.link.send(self._hello())  # with the number of slots, now that it is known to be real

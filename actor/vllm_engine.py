@@ -170,6 +170,7 @@ class VLLMEngine:
             min_p=sampling.min_p,
             max_tokens=sampling.max_tokens,
             stop=list(sampling.stop),
+            include_stop_str_in_output=True,  # its tokens are trained on, and graders look for what it closes
             seed=seed,
             logprobs=0,  # of the sampled token only
             output_kind=RequestOutputKind.FINAL_ONLY,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from deploy.data_cli import data_app
 from protocol.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.add_typer(data_app, name="data")
 
 console = Console(markup=False)  # what is printed comes from elsewhere, too: "[/INST]" is no markup
 errors = Console(stderr=True, markup=False)
@@ -84,6 +86,54 @@ def train(
         _run(recipe, lambda: _new_run(recipe, runs), ray_address)
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help='Local directory, hub id, or "bundled".')],
+    task: Annotated[str, typer.Option(help="arithmetic (default), gsm8k, jsonl, hub or reasoning_gym.")] = "",
+    data: Annotated[str, typer.Option(metavar="FILE", help="jsonl, gsm8k: file of problems, drawn by seed.")] = "",
+    dataset: Annotated[str, typer.Option(metavar="ID", help="hub: the data set. reasoning_gym: the task.")] = "",
+    grader: Annotated[str, typer.Option(help="Default: the template's, else the task's.")] = "",
+    template: Annotated[str, typer.Option(help="chat (default), r1_zero, question_only, or a file.")] = "",
+    samples: Annotated[int | None, typer.Option("--n", help="Completions of each problem; default 8.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default 1.0.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="Problems; default 64.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of a completion; default 512 for gsm8k, else 64.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the problems and the sampling; default 0.")] = None,
+    recipe_path: Annotated[Path | None, typer.Option("--recipe", help="Take all else from a recipe (TOML).")] = None,
+    overrides: Overrides = None,
+    name: Annotated[str, typer.Option(help="Name of the run; default: eval-MODEL.")] = "",
+    runs: RunsDir = Path("runs"),
+    ray_address: RayAddress = "",
+) -> None:
+    """Measure a model as it is: accuracy, pass@k, classes of responses, examples. docs/evaluation.md explains them."""
+    from deploy.evaluation import EvalOptions, eval_recipe, known_limit
+
+    options = EvalOptions(
+        model=model, task=task, data=data, dataset=dataset, grader=grader, template=template, samples=samples,
+        temperature=temperature, prompts=prompts, max_tokens=max_tokens, seed=seed, name=name, recipe=recipe_path,
+        overrides=tuple(overrides or ()),
+    )  # fmt: skip
+    recipe = eval_recipe(options, lambda path: known_limit(path, _dim))
+    _run(recipe, lambda: _new_run(recipe, runs), ray_address)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A run directory, or a result (.json, _responses.jsonl).")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="What A is compared with.")],
+    json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures, too.")] = None,
+) -> None:
+    """Compare two evaluations, paired by problem, over the problems that both have."""
+    from deploy.evaluation import compare as compare_results
+    from deploy.evaluation import comparison_json, print_comparison, read_results
+    from protocol.rundir import write_json
+
+    comparison = compare_results(read_results(a), read_results(b))
+    print_comparison(comparison, console)
+    if json_path is not None:
+        write_json(json_path, comparison_json(comparison))
+
+
 @app.command()
 def learner(
     recipe_path: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML).")],
@@ -91,11 +141,13 @@ def learner(
     runs: RunsDir = Path("runs"),
 ) -> None:
     """The learner's side by hand: prints the address for `tandem actor` in another terminal."""
+    from deploy.datasets import resolve_task
     from deploy.preflight import preflight
     from learner.__main__ import main as learner_main
     from protocol.config import load_recipe
 
     recipe, _ = _with_gpus(load_recipe(recipe_path, (*(overrides or ()), "actor.count=0")))
+    recipe = resolve_task(recipe, console.print)
     model = preflight(recipe, console.print)
     run = _new_run(recipe, runs)
     _write_recipe(recipe, run)
@@ -110,11 +162,16 @@ def learner(
 def actor(
     learner_address: Annotated[str, typer.Argument(metavar="LEARNER", help="tcp://HOST:PORT or RUN/endpoint.json")],
     name: Annotated[str, typer.Option(help="Unique among the actors of the run; default: host and process.")] = "",
+    grader: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="A function of yours that the recipe's grader names; repeatable."),
+    ] = None,
 ) -> None:
-    """One rollout actor by hand, without Ray: all it needs to know comes from the learner."""
+    """One rollout actor by hand, without Ray. What it needs to know comes from the learner, but for code of yours."""
     from actor.__main__ import main as actor_main
 
-    raise typer.Exit(actor_main([learner_address, *(["--name", name] if name else [])]))
+    options = ["--name", name] if name else []
+    raise typer.Exit(actor_main([learner_address, *options, *(f"--grader={function}" for function in grader or ())]))
 
 
 @app.command()
@@ -163,6 +220,7 @@ def model_fetch(
 
 def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> None:
     """Preflight, launch, report. Exits with the learner's code. A refused recipe leaves no run directory."""
+    from deploy.datasets import resolve_task
     from deploy.launch import launch
     from deploy.preflight import preflight
     from deploy.progress import ProgressView
@@ -171,7 +229,8 @@ def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> No
 
     began = time.monotonic()
     recipe, gpus = _with_gpus(recipe)
-    model = preflight(recipe, lambda text: console.print(text, style="dim", highlight=False), ray_address)
+    recipe = resolve_task(recipe, _dim)
+    model = preflight(recipe, _dim, ray_address)
     run = make_run()
     console.print(f"run {run.path}", soft_wrap=True)
     with run.lock("launcher"):
@@ -190,6 +249,10 @@ def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> No
         _print_error("the run failed:", status.get("error", f"the learner ended with {code}"))
         errors.print(f"logs: {run.logs}", soft_wrap=True)
     raise typer.Exit(code if code >= 0 else 1)
+
+
+def _dim(text: str) -> None:
+    console.print(text, style="dim", highlight=False)
 
 
 def _with_gpus(recipe: Recipe) -> tuple[Recipe, GpuShares]:

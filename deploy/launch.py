@@ -33,7 +33,7 @@ STOP_S = 300.0
 """Longest a learner may take from the request to stop to its end: a step and a checkpoint lie between."""
 MAX_LEARNER_RESTARTS = 3
 STOPPED = 3
-NO_RESTART = (0, 2, STOPPED, 4)
+NO_RESTART = (0, 2, STOPPED, 4, 5)
 """Exit codes of the learner that a restart cannot mend; see `learner/__main__.py`."""
 
 
@@ -88,7 +88,7 @@ def launch(recipe: Recipe, run: RunDir, model: Path, view: View, gpus: GpuShares
         run.status.unlink(missing_ok=True)
         stack.callback(remove_left_over, run)
         learner = stack.enter_context(LearnerProcess(run, model, gpus.learner))
-        if recipe.actor.count:
+        if recipe.actor.count and recipe.needs_actors:
             view.note("starting Ray")
             if gpus.actors and not ray_address:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.actors)

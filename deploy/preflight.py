@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from actor.grading import check_user_functions
+from actor.rewards import check_grader, user_functions_of
 from deploy.models import model_limits, resolve_model
 from deploy.ray_cluster import check_ray_address
 from protocol.config import Recipe
@@ -19,8 +22,9 @@ def preflight(recipe: Recipe, progress: Callable[[str], None], ray_address: str 
     Raises RecipeError naming the key, what was found and what is allowed.
     """
     for key, name in (("task.train", recipe.task.train), ("task.heldout", recipe.task.heldout)):
-        if name and not Path(name).is_file():
+        if name and not Path(name).expanduser().is_file():
             raise RecipeError(f"{key}: found {name!r}, which is no file; allowed: an existing JSONL file")
+    check_task_grader(recipe.task.grader)
     check_device(recipe)
     check_port(recipe.wire.host, recipe.wire.port)
     if ray_address:
@@ -36,6 +40,16 @@ def preflight(recipe: Recipe, progress: Callable[[str], None], ray_address: str 
         )
     check_task(recipe, model, progress)
     return model
+
+
+def check_task_grader(spec: str) -> None:
+    """Raise RecipeError unless the grader's spec is sound and its user functions can be imported in a new process."""
+    try:
+        check_grader(spec)
+        if functions := user_functions_of(spec):
+            check_user_functions(functions, os.getcwd())
+    except ValueError as error:
+        raise RecipeError(f"task.grader: {str(error).removeprefix('grader: ')}") from None
 
 
 def check_task(recipe: Recipe, model: Path, progress: Callable[[str], None]) -> None:

@@ -95,8 +95,24 @@ class ProgressView:
             rows += [Text(), _step_bar(status), _figures(status)]
         if status.get("evals"):
             rows.append(Text("held-out reward: " + evals_line(status["evals"]), style="cyan"))
+        if status.get("guard"):
+            rows.append(Text(f"guard, {status['guard']}", style="red"))
         left = f", about {minutes(status['left_s'])} left" if status.get("left_s") else ""
         return Panel(Group(*rows), title=f"tandem · {self.title}", subtitle=f"{elapsed}{left}", border_style="blue")
+
+
+LINE_FIGURES = {
+    "reward_mean": "reward {:.3f}",
+    "nll": "loss {:.3f}",
+    "kept_completions": "kept {:.0f}",
+    "dpo_accuracy": "preferred {:.2f}",
+    "rollout_tokens_per_s": "rollout {:.0f} tok/s",
+    "learner_tokens_per_s": "learner {:.0f} tok/s",
+    "lag_mean": "lag {:.2f}",
+    "version": "version {:.0f}",
+    "rollbacks": "rollbacks {:.0f}",
+}
+"""Figures of a step in a line for a log, where there are any."""
 
 
 def describe_phase(status: dict[str, Any]) -> str:
@@ -113,16 +129,9 @@ def describe_phase(status: dict[str, Any]) -> str:
 def describe(status: dict[str, Any]) -> str:
     """One line for a log."""
     parts = [describe_phase(status)]
-    if status.get("phase") == "training" and "reward_mean" in status:
-        parts = [
-            f"step {status['step']}/{status['steps']}",
-            f"reward {status['reward_mean']:.3f}",
-            f"rollout {status['rollout_tokens_per_s']:.0f} tok/s",
-            f"learner {status['learner_tokens_per_s']:.0f} tok/s",
-            f"lag {status['lag_mean']:.2f}",
-            f"version {status['version']:.0f}",
-            f"left {minutes(status['left_s'])}",
-        ]
+    if status.get("phase") == "training" and "learner_tokens_per_s" in status:
+        shown = [form.format(status[name]) for name, form in LINE_FIGURES.items() if status.get(name) is not None]
+        parts = [f"step {status['step']}/{status['steps']}", *shown, f"left {minutes(status['left_s'])}"]
     if status.get("waiting_for") and (status.get("phase") != "training" or status["waited_s"] > LONG_WAIT_S):
         parts.append(f"waiting {status['waited_s']:.0f} s for {status['waiting_for']}")
     if status.get("evals") and status.get("phase") != "training":
@@ -149,13 +158,20 @@ def _figures(status: dict[str, Any]) -> RenderableType:
         return form.format(value) if isinstance(value, int | float) else "–"
 
     table = Table.grid(padding=(0, 2))
-    table.add_row("reward", figure("reward_mean", "{:.3f}"), sparkline(status.get("curve", [])))
-    table.add_row("rollout", figure("rollout_tokens_per_s", "{:.0f} tok/s"), f"{len(status.get('actors', {}))} actors")
+    if "nll" in status:
+        table.add_row("loss", figure("nll", "{:.3f} nats a token"), "")
+    if "dpo_accuracy" in status:
+        table.add_row("preferred", figure("dpo_accuracy", "{:.2f}"), f"margin {figure('dpo_margin', '{:.3f}')}")
+    if "reward_mean" in status:
+        table.add_row("reward", figure("reward_mean", "{:.3f}"), sparkline(status.get("curve", [])))
+    if status.get("actors"):
+        table.add_row("rollout", figure("rollout_tokens_per_s", "{:.0f} tok/s"), f"{len(status['actors'])} actors")
     table.add_row(
         "learner",
         figure("learner_tokens_per_s", "{:.0f} tok/s"),
         f"{figure('train_s', '{:.1f} s')} training, {figure('wait_s', '{:.1f} s')} waiting",
     )
-    table.add_row("lag", figure("lag_mean", "{:.2f} steps"), f"max {figure('lag_max', '{:.0f}')}")
-    table.add_row("weights", figure("version", "version {:.0f}"), "")
+    if "lag_mean" in status:
+        table.add_row("lag", figure("lag_mean", "{:.2f} steps"), f"max {figure('lag_max', '{:.0f}')}")
+        table.add_row("weights", figure("version", "version {:.0f}"), "")
     return table

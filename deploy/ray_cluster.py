@@ -156,6 +156,7 @@ def rollout_actors(recipe: Recipe, run: RunDir) -> Iterator[list[Any]]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from actor.cluster import RemoteRolloutActor
+    from actor.rewards import user_functions_of
 
     node = ray.get_runtime_context().get_node_id()
     check_resources(recipe, next(entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node))
@@ -166,7 +167,12 @@ def rollout_actors(recipe: Recipe, run: RunDir) -> Iterator[list[Any]]:
             num_gpus=recipe.actor.gpus,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         ).remote(
-            str(run.endpoint), f"actor-{number}", str(run.logs / f"actor-{number}.log"), recipe.wire.lost_learner_s
+            str(run.endpoint),
+            f"actor-{number}",
+            str(run.logs / f"actor-{number}.log"),
+            recipe.wire.lost_learner_s,
+            user_functions_of(recipe.task.grader),
+            os.getcwd(),
         )
         for number in range(recipe.actor.count)
     ]

@@ -1,7 +1,8 @@
 """`python -m learner --run DIR --model DIR`: the learner process of a run whose recipe lies in DIR/recipe.toml.
 
 Exit codes: 0 the run went to its end; 3 it was asked to stop and can be resumed; 2 something a user can mend; 4 the
-actors' engines or graders cannot work; 1 anything else. The launcher restarts it on 1, and when it was killed.
+actors' engines or graders cannot work; 5 the guard ended it; 1 anything else. The launcher restarts it on 1, and when
+it was killed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from protocol.config import load_recipe
 from protocol.errors import DeadlineExceeded, EngineFailed, RecipeError
 from protocol.rundir import RunDir, read_json, write_json
 
-EXIT_FINISHED, EXIT_FAILED, EXIT_USER, EXIT_STOPPED, EXIT_ENGINE = 0, 1, 2, 3, 4
+EXIT_FINISHED, EXIT_FAILED, EXIT_USER, EXIT_STOPPED, EXIT_ENGINE, EXIT_GUARD = 0, 1, 2, 3, 4, 5
 PR_SET_PDEATHSIG = 1
 
 
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _learn(run: RunDir, model: Path, stop: StopFlag) -> int:
     """The run, and its outcome as an exit code."""
-    from learner.loop import Learner
+    from learner.loop import GuardStop, Learner
 
     try:
         finished = Learner(load_recipe(run.recipe), run, model, stop)()
@@ -62,6 +63,8 @@ def _learn(run: RunDir, model: Path, stop: StopFlag) -> int:
         return _fail(run, EXIT_ENGINE, f"the engine failed: {error}")
     except (DeadlineExceeded, TicketsFail) as error:
         return _fail(run, EXIT_ENGINE, str(error))
+    except GuardStop as error:
+        return _fail(run, EXIT_GUARD, str(error))
     except (RecipeError, ValueError, OSError) as error:
         logging.exception("the learner cannot go on")
         return _fail(run, EXIT_USER, str(error))

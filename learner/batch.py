@@ -3,7 +3,8 @@
 A row is one prompt followed by several completions. A completion's tokens see the prompt and their own past, never each
 other's completions, and position ids restart behind the prompt, so a row means exactly what its sequences mean one at
 a time. Compared with one padded line for each completion this leaves out the repeated prompts and most of the padding,
-and lets the vocabulary head run at response positions only (2-3 times faster on the whole).
+and lets the vocabulary head run at response positions only (2-3 times faster on the whole). A line of the tensors holds
+one row, or with packing as many as fit, which do not see each other either.
 
 Knows nothing of rewards, losses or models. `methods/` build rows; `step.py` packs them.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 PROMPT_SEGMENT = 0
-PADDING_SEGMENT = -1
+PADDING = -1
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Sample:
     advantage: float
     lag: NDArray[np.int32]
     """[T] steps by which the weights that drew each token were behind."""
+    reference_logprobs: NDArray[np.float32] | None = None
+    """[T] of the reference policy, where the method has one."""
 
     @property
     def num_tokens(self) -> int:
@@ -54,6 +57,10 @@ class Row:
     def packed_length(self) -> int:
         """Input positions of the row: nothing is predicted from a completion's last token, so it is not an input."""
         return len(self.prompt_ids) + sum(sample.num_tokens - 1 for sample in self.samples)
+
+
+Line = tuple[Row, ...]
+"""Rows that share one line of the tensors."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +83,15 @@ class Batch:
     minibatches: tuple[Minibatch, ...]
     stats: dict[str, float]
     """What the method has to say about the groups, for the metrics."""
+    loss: Literal["policy", "sft", "dpo"] = "policy"
+    """dpo: every row has two samples, the chosen and the rejected one, and is never split."""
+    passes: int = 1
+    """Times that the minibatches are gone through."""
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One microbatch. R rows, L positions (the longest row), N response tokens, in order of rows and samples."""
+    """One microbatch. R lines, L positions (the longest line), N response tokens, in order of rows and samples."""
 
     input_ids: Tensor
     """[R, L] int64; 0 in the padding."""
@@ -94,6 +105,8 @@ class PackedBatch:
     """[N] int64."""
     engine_logprobs: Tensor
     """[N] float32."""
+    reference_logprobs: Tensor
+    """[N] float32; zeros where the method has no reference."""
     advantages: Tensor
     """[N] float32, the same for all tokens of a sequence."""
     mask: Tensor
@@ -147,20 +160,34 @@ def tokenize_prompt_and_output(prompts: Sequence[str], outputs: Sequence[str], t
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "response_mask": response[:, 1:]}
 
 
-def plan_microbatches(rows: Iterable[Row], budget_tokens: int) -> list[list[Row]]:
-    """Put rows of similar length together until rows x longest reaches `budget_tokens`, padding included.
+def plan_microbatches(
+    rows: Iterable[Row], budget_tokens: int, packing: bool = False, split: bool = True
+) -> list[list[Line]]:
+    """Put rows of similar length together until lines x longest reaches `budget_tokens`, padding included.
 
-    A row over the budget is split: prompt repeated, completions divided. A single completion that exceeds it with its
-    prompt gets a microbatch of its own, since it cannot be made smaller. Longest first, so that memory peaks at once.
+    A row over the budget is split: prompt repeated, completions divided (unless `split` is False). What exceeds it all
+    the same gets a microbatch of its own, since it cannot be made smaller. Longest first, so that memory peaks at once.
+
+    `packing`: a line takes further rows as long as it stays no longer than the first, the longest one of its
+    microbatch: less padding at the same attention cost.
     """
-    pieces = [piece for row in rows for piece in split_row(row, budget_tokens)]
+    pieces = [piece for row in rows for piece in (split_row(row, budget_tokens) if split else [row])]
     pieces.sort(key=lambda row: row.packed_length, reverse=True)
-    plan: list[list[Row]] = []
+    plan: list[list[Line]] = []
+    longest = 0
+    space: list[int] = []  # of the microbatch in hand: its longest line, and what is left in each
     for row in pieces:
-        if plan and (len(plan[-1]) + 1) * plan[-1][0].packed_length <= budget_tokens:
-            plan[-1].append(row)
+        length = row.packed_length
+        place = next((i for i, left in enumerate(space) if packing and length <= left), None)
+        if place is not None:
+            plan[-1][place] = (*plan[-1][place], row)
+            space[place] -= length
+        elif plan and (len(plan[-1]) + 1) * longest <= budget_tokens:
+            plan[-1].append((row,))
+            space.append(longest - length)
         else:
-            plan.append([row])
+            plan.append([(row,)])
+            longest, space = length, [0]
     return plan
 
 
@@ -179,7 +206,13 @@ def split_row(row: Row, budget_tokens: int) -> list[Row]:
 
 
 def pack(rows: Sequence[Row]) -> PackedBatch:
-    """Lay out rows as one microbatch on the CPU. Raises ValueError for an empty prompt or an empty completion."""
+    """`pack_lines` with one row a line."""
+    return pack_lines([(row,) for row in rows])
+
+
+def pack_lines(lines: Sequence[Line]) -> PackedBatch:
+    """Lay out lines of rows as one microbatch on the CPU. Raises ValueError for an empty prompt or completion."""
+    rows = [row for line in lines for row in line]
     for row in rows:
         if not row.prompt_ids:
             raise ValueError(
@@ -187,24 +220,28 @@ def pack(rows: Sequence[Row]) -> PackedBatch:
             )
         if not all(sample.num_tokens for sample in row.samples):
             raise ValueError("found a completion without tokens, expected them to be left out before packing")
-    length = max(row.packed_length for row in rows)
-    input_ids = np.zeros((len(rows), length), np.int64)
-    position_ids = np.zeros((len(rows), length), np.int64)
-    segments = np.full((len(rows), length), PADDING_SEGMENT, np.int64)
+    length = max(sum(row.packed_length for row in line) for line in lines)
+    input_ids = np.zeros((len(lines), length), np.int64)
+    position_ids = np.zeros((len(lines), length), np.int64)
+    row_numbers = np.full((len(lines), length), PADDING, np.int64)
+    segments = np.full((len(lines), length), PADDING, np.int64)
     predict_index: list[NDArray[np.int64]] = []
-    for r, row in enumerate(rows):
-        prompt = len(row.prompt_ids)
-        input_ids[r, :prompt] = row.prompt_ids
-        position_ids[r, :prompt] = np.arange(prompt)
-        segments[r, :prompt] = PROMPT_SEGMENT
-        start = prompt
-        for k, sample in enumerate(row.samples):
-            end = start + sample.num_tokens - 1
-            input_ids[r, start:end] = sample.token_ids[:-1]
-            position_ids[r, start:end] = prompt + np.arange(end - start)
-            segments[r, start:end] = PROMPT_SEGMENT + 1 + k
-            predict_index.append(r * length + np.concatenate(([prompt - 1], np.arange(start, end))))
-            start = end
+    for r, line in enumerate(lines):
+        start = 0
+        for number, row in enumerate(line):
+            begin, start = start, start + len(row.prompt_ids)
+            row_numbers[r, begin : begin + row.packed_length] = number
+            input_ids[r, begin:start] = row.prompt_ids
+            position_ids[r, begin:start] = np.arange(start - begin)
+            segments[r, begin:start] = PROMPT_SEGMENT
+            prompt_end = start
+            for k, sample in enumerate(row.samples):
+                end = start + sample.num_tokens - 1
+                input_ids[r, start:end] = sample.token_ids[:-1]
+                position_ids[r, start:end] = len(row.prompt_ids) + np.arange(end - start)
+                segments[r, start:end] = PROMPT_SEGMENT + 1 + k
+                predict_index.append(r * length + np.concatenate(([prompt_end - 1], np.arange(start, end))))
+                start = end
     samples = [(row, sample) for row in rows for sample in row.samples]
     counts = np.array([sample.num_tokens for _, sample in samples])
     trainable = np.array([sample.mask.sum() for _, sample in samples])
@@ -215,13 +252,19 @@ def pack(rows: Sequence[Row]) -> PackedBatch:
     def joined(arrays: list[NDArray], dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(dtype)
 
+    def reference(sample: Sample) -> NDArray[np.float32]:
+        return (
+            np.zeros(sample.num_tokens, np.float32) if sample.reference_logprobs is None else sample.reference_logprobs
+        )
+
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
-        attention=block_mask(torch.from_numpy(segments)),
+        attention=block_mask(torch.from_numpy(row_numbers), torch.from_numpy(segments)),
         predict_index=joined(predict_index, torch.int64),
         target_ids=joined([s.token_ids for _, s in samples], torch.int64),
         engine_logprobs=joined([s.engine_logprobs for _, s in samples], torch.float32),
+        reference_logprobs=joined([reference(s) for _, s in samples], torch.float32),
         advantages=per_token([s.advantage for _, s in samples], torch.float32),
         mask=joined([s.mask for _, s in samples], torch.bool),
         temperature=per_token([row.temperature for row, _ in samples], torch.float32),
@@ -231,13 +274,15 @@ def pack(rows: Sequence[Row]) -> PackedBatch:
     )
 
 
-def block_mask(segments: Tensor) -> Tensor:
-    """Who sees whom: [R, L] segment numbers -> [R, 1, L, L] bool.
+def block_mask(row_numbers: Tensor, segments: Tensor) -> Tensor:
+    """Who sees whom: two [R, L] of numbers (row in its line; 0 for its prompt, 1, 2, … for its completions)
+    -> [R, 1, L, L] bool.
 
-    A position sees earlier positions (and itself) of the prompt and of its own segment. Padding sees the prompt as
-    well, so that no query is without keys (a softmax over nothing is NaN); nothing sees padding but padding.
+    A position sees earlier positions (and itself) of its row's prompt and of its own segment. Padding sees padding, so
+    that no query is without keys (a softmax over nothing is NaN); nothing else sees it.
     """
     length = segments.shape[1]
+    own_row = row_numbers[:, :, None] == row_numbers[:, None, :]
     query, key = segments[:, :, None], segments[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    return (causal & ((key == PROMPT_SEGMENT) | (key == query)))[:, None]
+    return (causal & own_row & ((key == PROMPT_SEGMENT) | (key == query)))[:, None]

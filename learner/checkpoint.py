@@ -33,11 +33,18 @@ READ_BYTES = 8 << 20
 
 
 def save(
-    directory: Path, step: int, model: PolicyModel, optimizer: Optimizer, state: dict[str, Any], keep: int
+    directory: Path,
+    step: int,
+    model: PolicyModel,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    good: bool = True,
 ) -> Path:
-    """Write `directory`/step-NNNNNNNN and leave only the newest `keep` checkpoints. Returns its path.
+    """Write `directory`/step-NNNNNNNN and leave only the newest `keep` checkpoints, and the newest good one.
 
-    `state` is the loop's own, anything that JSON can hold. A checkpoint of the same step is replaced.
+    `state` is the loop's own, anything that JSON can hold. A checkpoint of the same step is replaced. `good`: whether a
+    run that went wrong may go back to it. Returns the checkpoint's path.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _clean_up(directory)
@@ -47,7 +54,7 @@ def save(
     save_file(_on_cpu(dict(model.named_parameters())), temporary / WEIGHTS)
     save_file(_on_cpu(optimizer.state_tensors()), temporary / MOMENTS)
     files = {name: _describe(temporary / name) for name in (WEIGHTS, MOMENTS)}
-    header = {"format": FORMAT, "step": step, "files": files, "state": state}
+    header = {"format": FORMAT, "step": step, "good": good, "files": files, "state": state}
     (temporary / STATE).write_text(json.dumps(header, indent=1))
     for path in (*temporary.iterdir(), temporary):
         _sync(path)
@@ -55,17 +62,32 @@ def save(
         final.rename(directory / f".old-{final.name}")
     temporary.rename(final)
     _sync(directory)
+    to_go_back_to = newest_good(directory)
     for old in _checkpoints(directory)[:-keep]:
-        old.rename(directory / f".old-{old.name}")
+        if old != to_go_back_to:
+            old.rename(directory / f".old-{old.name}")
     _clean_up(directory)
     return final
+
+
+def newest_good(directory: Path) -> Path | None:
+    """The newest checkpoint that was written as a good one, None if there is none."""
+    return next((p for p in reversed(_checkpoints(directory)) if _read_header(p).get("good", True)), None)
+
+
+def remove_after(directory: Path, step: int) -> None:
+    """Remove the checkpoints of later steps: their branch is given up."""
+    for path in _checkpoints(directory):
+        if step_of(path) > step:
+            path.rename(directory / f".{path.name}")  # a name that `_clean_up` removes, should this be cut short
+    _clean_up(directory)
 
 
 def _clean_up(directory: Path) -> None:
     """Remove what a `save` left that was cut short, and old checkpoints; one that nothing has replaced is put back."""
     for old in directory.glob(".old-step-*"):
         path = directory / old.name.removeprefix(".old-")
-        if _step_of(path) > max(map(_step_of, _checkpoints(directory)), default=-1):
+        if step_of(path) > max(map(step_of, _checkpoints(directory)), default=-1):
             old.rename(path)
     for left_over in [*directory.glob(".old-step-*"), *directory.glob(".step-*")]:
         shutil.rmtree(left_over)
@@ -108,10 +130,11 @@ def latest(directory: Path) -> Path | None:
 def _checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
-    return sorted((path for path in directory.iterdir() if NAME.fullmatch(path.name)), key=_step_of)
+    return sorted((path for path in directory.iterdir() if NAME.fullmatch(path.name)), key=step_of)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Steps that a checkpoint's weights have seen."""
     return int(path.name.removeprefix("step-"))
 
 

@@ -1,50 +1,54 @@
-"""The learner: groups in, gradient steps, new weights out. `Learner.train` is the loop; everything else prepares it.
+"""The learner: batches in, gradient steps, new weights out. `Learner._training` is the loop; the rest prepares it.
 
-    groups = source.take()  ->  batch  ->  train_step  ->  publish  ->  commit  ->  checkpoint, log
+    batch = feed.batch(step)  ->  train_step  ->  publish  ->  commit  ->  guard, evaluation, checkpoint, log
 
 Evaluations before and after each measure one version with training idle. SIGTERM or SIGINT (through `StopFlag`) ends
-the loop after the step in hand, with a checkpoint.
+the loop after the step in hand, with a checkpoint. What the guard finds may end it, too, or send it back to the last
+good checkpoint, on a new branch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import learner.checkpoint as checkpoint
-from learner.evaluate import EvalResult, eval_tickets, summarize, write_responses, write_result
+from learner.actors import Actors, bind, welcome
+from learner.batch import Row
+from learner.evaluations import Evaluations
+from learner.feed import DpoFeed, Feed, RolloutFeed, SftFeed
 from learner.intake.data import Task, load_task
-from learner.intake.dispatcher import TRAIN_EPOCH, Dispatcher
-from learner.intake.journal import Journal, read_failed, read_groups_with_offsets
-from learner.intake.server import ActorsSeen, IntakeServer
-from learner.intake.source import Interrupted, Source, StopFlag, TicketsFail
-from learner.methods import grpo, sft
+from learner.intake.source import Interrupted, StopFlag
+from learner.methods import sft
+from learner.methods.epochs import Epochs
+from learner.methods.guard import Guard, Verdict
 from learner.metrics import MetricsLog, Status
 from learner.model import load_model, share_cores
-from learner.optim import Optimizer
-from learner.publish import Publisher, Versions
-from learner.step import sft_step, train_step
+from learner.optim import Optimizer, lr_at
+from learner.publish import Versions
+from learner.reference import Reference
+from learner.step import train_step, with_reference
 from learner.summary import process_totals, run_summary
-from protocol.codec import Limits
-from protocol.config import Recipe
+from protocol.config import ROLLOUT_METHODS, Recipe
 from protocol.errors import RecipeError
-from protocol.messages import Sampling, Ticket, TicketId, Welcome
-from protocol.rundir import RunDir, read_json, write_json
-from protocol.sockets import Hub
+from protocol.messages import Sampling, Ticket, TicketId
+from protocol.rundir import RunDir, write_json
 
 log = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 20.0
 RATE_WINDOW_STEPS = 5
-MAX_FAILED_SHARE = 0.1
-"""Share of an evaluation's problems that may fail for good; beyond it the mean would be of other problems."""
+BRANCH_SEEDS = 1 << 52
+"""Keeps the seeds of two branches of a run apart."""
+
+
+class GuardStop(Exception):
+    """The guard saw a collapse, and the recipe says that the run ends then (or has gone back too often)."""
 
 
 class Learner:
@@ -63,13 +67,16 @@ class Learner:
         self.model = load_model(model_path, recipe.model, recipe.learner)
         self.optimizer = Optimizer(self.model, recipe.optim)
         self.versions = Versions(run.versions)
+        self.guard = Guard(recipe.guard)
+        self.reference = Reference(self.model, run.reference)
         self.state: dict[str, Any] = {
-            "step": 0, "warm_started": False, "evals": {}, "learner_tokens": 0, "train_s": 0.0, "rollout_tokens": 0,
+            "step": 0, "ready": False, "evals": {}, "learner_tokens": 0, "train_s": 0.0, "rollout_tokens": 0,
             "training_s": 0.0, "lag_sum": 0.0, "lag_max": 0.0, "wall_s": 0.0, "rewards": [], "prompt_fingerprint": "",
-            "earlier": {},
+            "earlier": {}, "branch": 0, "lr_scale": 1.0, "rollbacks": 0, "guard": {},
         }  # fmt: skip
         self.restored: dict[str, Any] | None = None
         self._restore()
+        self.actors: Actors | None = None
 
     # --- resume ---
 
@@ -81,7 +88,8 @@ class Learner:
             return
         self.restored = checkpoint.load(latest, self.model, self.optimizer)
         self.state |= self.restored["run"]
-        if self.recipe.steps < self.state["step"]:
+        self.guard.restore(self.state["guard"])
+        if 0 < self.recipe.steps < self.state["step"]:
             raise RecipeError(f"steps: found {self.recipe.steps}, allowed: at least {self.state['step']}, already done")
         if self.state["prompt_fingerprint"] != self.task.fingerprint():
             raise ValueError(f"{self.run.path}: the task's data have changed since this run began; start a new run")
@@ -92,100 +100,74 @@ class Learner:
     def __call__(self) -> bool:
         """The whole run. Returns whether it went to its end (False: it was asked to stop, and can be resumed)."""
         try:
-            with self._intake():
-                version = self._publish()
-                if not self.state["warm_started"]:
-                    self._prologue(version)
-                self._training()
-                self._epilogue()
-                self.server.drain("the run is over")
-                self.source.wait_until_left(DRAIN_TIMEOUT_S)
+            with self._open():
+                if self.recipe.method == "eval":
+                    self._evaluate("eval", self._publish())
+                else:
+                    self._run()
+                self._finish()
             finished = True
         except Interrupted as where:
             log.info("stopped while waiting for %s", where)
             finished = False
-        if finished:
-            self.run.endpoint.unlink(missing_ok=True)  # nobody will be there again
         self.status.set("finished" if finished else "stopped")
         return finished
 
+    def _run(self) -> None:
+        version = self._publish() if self.actors else 0
+        if not self.state["ready"]:
+            self._prologue(version)
+        self.reference.load()
+        self._training()
+        self._evaluate("after", self._publish_finished())
+        self.status.set("exporting the model")
+        self.model.export(self.run.model, self.tokenizer)
+
     @contextmanager
-    def _intake(self) -> Iterator[None]:
-        """Hub, dispatcher and journal in their thread; the run's address in endpoint.json."""
+    def _open(self) -> Iterator[None]:
+        """The actors, if the run draws anything from the model, and the metrics' files."""
         recipe = self.recipe
-        limits = Limits(max_frame_bytes=recipe.wire.max_frame_mib << 20)
-        hub = self._bind(limits)
-        dispatcher = Dispatcher(
-            self._ticket,
-            groups_per_step=recipe.rollout.groups_per_step,
-            max_lag=recipe.rollout.max_lag,
-            steps=recipe.steps,
-            max_attempts=recipe.rollout.max_attempts,
-        )
-        journal = Journal(self.run.journal, fsync=recipe.wire.journal_fsync)
-        self.server = IntakeServer(
-            hub,
-            dispatcher,
-            journal,
-            self._welcome(hub),
-            recipe.wire,
-            recipe.rollout.straggler_s,
-            self.model.vocabulary,
-        )
-        self.server.newest_before = self.versions.next - 1
-        self.source = Source(self.server, self.status.waiting, self.should_stop)
-        self.publisher = Publisher(self.versions, self.server.reserved, self.server.offer)
-        if self.restored is not None:
-            self._restore_tickets()
-            self.server.known = ActorsSeen(**self.state["earlier"].get("seen", {}))
-        self.server.start()
-        write_json(self.run.endpoint, {"work": hub.work_endpoint})
-        log.info("the learner listens at %s", hub.work_endpoint)
+        if recipe.needs_actors:
+            hub = bind(recipe, self.run)
+            self.actors = Actors(
+                recipe, self.run, hub, welcome(recipe, self.run, self.model_path, hub), self.versions,
+                self.model.vocabulary, self._ticket, self.status.waiting, self.should_stop,
+            )  # fmt: skip
+            if self.restored is not None:
+                self.actors.restore(self.restored)
+            self.evaluations = Evaluations(
+                recipe, self.run, self.task, self.actors.source, self.status, self.state["evals"]
+            )
+        self.feed = self._make_feed()
+        self.status.set(steps=self.feed.steps)
         self.metrics = MetricsLog(self.run, self.state["step"])
         try:
-            yield
+            if self.actors is None:
+                yield
+            else:
+                with self.actors.serving():
+                    yield
         finally:
-            self.publisher.close()
-            self.server.drain("the learner stops")
-            self.source.wait_until_left(5.0)
-            self.server.stop()
-            journal.close()
             self.metrics.close()
 
-    def _bind(self, limits: Limits) -> Hub:
-        """The hub on the recipe's port, or else on that of the run's earlier process, if it is free: actors that
-        outlived it find this one at once. Otherwise on any: they look into endpoint.json."""
-        wire, endpoint = self.recipe.wire, read_json(self.run.endpoint)
-        if not wire.port and endpoint:
-            with contextlib.suppress(OSError):
-                return Hub(wire.host, int(endpoint["work"].rpartition(":")[2]), limits)
-        return Hub(wire.host, wire.port, limits)
-
-    def _welcome(self, hub: Hub) -> Welcome:
-        recipe = self.recipe
-        return Welcome(
-            run=self.run.label,
-            model=str(self.model_path),
-            dtype=recipe.model.dtype,
-            max_model_len=recipe.model.max_model_len,
-            bulk=hub.bulk_endpoint,
-            news=hub.news_endpoint,
-            heartbeat_s=recipe.wire.heartbeat_s,
-            dead_after_s=recipe.wire.dead_after_s,
-            seed=recipe.seed,
-            group_size=recipe.rollout.group_size,
-            kv=recipe.weights.kv,
-            chunk_bytes=recipe.weights.chunk_mib << 20,
-            window=recipe.weights.window,
-            grader_timeout_s=recipe.actor.grader_timeout_s,
-            engine=recipe.actor.model_dump(exclude={"count", "cpus", "start_timeout_s", "grader_timeout_s"}),
+    def _make_feed(self) -> Feed:
+        if self.recipe.method == "sft":
+            return SftFeed(self.recipe, self.task)
+        if self.recipe.method == "dpo":
+            return DpoFeed(self.recipe, self.task, lambda rows: self._with_reference(rows, split=False))
+        assert self.actors is not None
+        return RolloutFeed(
+            self.recipe, self.actors.source, self.versions.step_of, self._with_reference, self._take_timeout()
         )
 
-    def _ticket(self, index: int) -> Ticket:
-        """The train ticket of an index; depends on the recipe alone."""
-        rollout, example = self.recipe.rollout, self.task.train(index)
+    def _with_reference(self, rows: list[Row], split: bool = True) -> list[Row]:
+        return with_reference(self.model, self.reference.weights, rows, self.recipe, split)
+
+    def _ticket(self, ticket_id: TicketId) -> Ticket:
+        """The train ticket of an id; depends on the recipe alone."""
+        rollout, example = self.recipe.rollout, self.task.train(ticket_id.index)
         return Ticket(
-            id=TicketId(TRAIN_EPOCH, index),
+            id=ticket_id,
             kind="train",
             attempt=1,
             prompt_ids=example.prompt_ids,
@@ -195,7 +177,7 @@ class Learner:
             sampling=Sampling(
                 rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.min_p, rollout.stop
             ),
-            seed=self.recipe.seed * 1_000_003 + index,
+            seed=self.recipe.seed * 1_000_003 + ticket_id.index + ticket_id.epoch * BRANCH_SEEDS,
             min_version=1,
         )
 
@@ -209,131 +191,200 @@ class Learner:
         holds a copy; the next one is published after that.
         """
         if self.recipe.warm_start.examples:
+            assert self.actors is not None
             if self.model.device.type != "cpu":
-                self.source.wait_for_actor(version, self.recipe.actor.start_timeout_s)
+                self.actors.source.wait_for_actor(version, self.recipe.actor.start_timeout_s)
             self._warm_start()
         self._evaluate("before", version)
         if self.recipe.warm_start.examples:
-            version = self._publish()
-            self._evaluate("after_warm_start", version)
-        self.state["warm_started"] = True
+            self._evaluate("after_warm_start", self._publish())
+        if self.recipe.method == "dpo" or (self.recipe.method == "grpo" and self.recipe.grpo.kl_coef):
+            self.reference.keep()
+        self.state["ready"] = True
         self._checkpoint()
 
     def _warm_start(self) -> None:
         """SFT on demonstrations; the optimizer begins anew afterwards."""
         warm = self.recipe.warm_start
-        demonstrations = [self.task.demonstration_tokens(example) for example in self.task.demonstrations]
-        optimizer = Optimizer(self.model, self.recipe.optim.model_copy(update={"lr": warm.lr}))
-        batches = list(sft.batches(demonstrations, warm.batch_size, warm.epochs, self.recipe.seed))
+        pairs = [self.task.demonstration_tokens(example) for example in self.task.demonstrations]
+        batches = Epochs(pairs, warm.batch_size, warm.epochs, self.recipe.seed)
         self.status.set("warm start")
-        for number, batch in enumerate(batches):
-            if self.should_stop():
-                raise Interrupted("the warm start")
-            self.source.check()
-            figures = sft_step(self.model, optimizer, batch, self.recipe)
-            self.status.set(warm_start_batch=number + 1, warm_start_batches=len(batches), loss=figures["loss"])
+        for number in range(batches.steps):
+            self._check_interrupt("the warm start")
+            batch = sft.make_batch(batches[number], number)
+            figures = train_step(self.model, self.optimizer, batch, self.recipe, warm.lr)
+            self.status.set(warm_start_batch=number + 1, warm_start_batches=batches.steps, loss=figures["loss"])
         self.optimizer = Optimizer(self.model, self.recipe.optim)
 
-    def _evaluate(self, name: str, version: int) -> None:
-        """Held-out reward of one version; kept in the run directory and in the checkpoint."""
-        if not self.recipe.eval.prompts:
-            return
-        self.status.set(f"evaluation {name.replace('_', ' ')}")
-        self.source.wait_for_actor(version, self.recipe.actor.start_timeout_s)
-        self.status.set(f"evaluation {name.replace('_', ' ')}")
-        tickets = eval_tickets(self.recipe, self.task.heldout, version)
-        began = time.monotonic()
-        groups, failed = self.source.evaluate(tickets, self._take_timeout())
-        if len(failed) > MAX_FAILED_SHARE * len(tickets):
-            cause = next(iter(failed.values()))
-            raise TicketsFail(f"evaluation {name}: {len(failed)} of {len(tickets)} problems failed, e.g. {cause}")
-        result: EvalResult = summarize(name, groups, len(failed), time.monotonic() - began)
-        if set(result.version_tokens) - {str(version)}:
-            raise RuntimeError(f"evaluation {name}: tokens of versions {result.version_tokens}, expected {version}")
-        write_responses(self.run.eval / f"{name}_responses.jsonl", groups, self.task.heldout)
-        write_result(self.run.eval / f"{name}.json", result)
-        self.state["evals"][name] = asdict(result)
-        self.status.set(evals={key: value["reward"] for key, value in self.state["evals"].items()})
-        log.info("evaluation %s: reward %.3f +- %.3f", name, result.reward, result.reward_ci95)
+    def _check_interrupt(self, where: str) -> None:
+        """Raise what a wait would raise now, though there is nothing to wait for."""
+        if self.should_stop():
+            raise Interrupted(where)
+        if self.actors is not None:
+            self.actors.source.check()
 
     # --- the loop ---
 
     def _training(self) -> None:
-        self.source.wait_for_actor(1, self.recipe.actor.start_timeout_s)
-        self.source.resume_training()
-        on_engine_host = self.model.device.type == "cpu" and self.recipe.rollout.max_lag > 0
-        share_cores(self.recipe.learner, shared=on_engine_host)
+        source = self.actors.source if self.actors else None
+        if source and self.recipe.method in ROLLOUT_METHODS:
+            source.wait_for_actor(1, self.recipe.actor.start_timeout_s)
+            source.resume_training()
+        overlaps = self.recipe.rollout.max_lag > 0 or self.recipe.method not in ROLLOUT_METHODS
+        share_cores(self.recipe.learner, shared=bool(source) and self.model.device.type == "cpu" and overlaps)
         self.status.set("training", step=self.state["step"])
         recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
         marked = time.monotonic()
         try:
-            while self.state["step"] < self.recipe.steps and not self.should_stop():
-                figures = self._step(recent)
+            while self.state["step"] < self.feed.steps and not self.should_stop():
+                verdict = self._guarded_step(recent)
                 self.state["training_s"] += time.monotonic() - marked
                 marked = time.monotonic()
-                self._report(figures, recent)
-                every, step = self.recipe.checkpoint.every_steps, self.state["step"]
-                if every and step % every == 0 and step < self.recipe.steps:
-                    self._checkpoint()
+                if not self._went_back(verdict):
+                    self._checkpoint_if_due()
         except Interrupted:
             pass
-        self.source.pause_training()
-        self._checkpoint()
-        if self.should_stop() and self.state["step"] < self.recipe.steps:
+        if self.should_stop() and self.state["step"] < self.feed.steps:
+            if source:
+                source.pause_training()
+            self._checkpoint()
             raise Interrupted("the next step")
+        if source:
+            source.pause_training()
+            self.evaluations.finish(self._take_timeout())
+        self._checkpoint()
+
+    def _guarded_step(self, recent: deque[tuple[float, float]]) -> Verdict:
+        """One step, its figures, and what the guard makes of them."""
+        policy = self.recipe.guard.policy
+        try:
+            figures = self._step(recent)
+        except FloatingPointError as error:
+            if policy in ("off", "warn"):
+                raise
+            return self.guard.broken(self.state["step"] + 1, str(error))
+        verdict = self.guard.see(self.state["step"], figures) if policy != "off" else Verdict()
+        if self.actors and self.state["step"] < self.feed.steps:
+            figures |= self.evaluations.tick(self.state["step"], self._current_version)
+        self._report(figures | {"suspect_signals": float(len(verdict.suspect))}, recent)
+        return verdict
 
     def _step(self, recent: deque[tuple[float, float]]) -> dict[str, float]:
-        """One step: wait for its groups, train on them, publish, commit."""
-        step, began, waited = self.state["step"], time.monotonic(), self.source.waited_s
-        groups = self.source.take(self._take_timeout())
-        batch = grpo.make_batch(groups, self.recipe, self.versions.step_of, step)
+        """One step: wait for its batch, train on it, publish, commit."""
+        step, began, source = self.state["step"], time.monotonic(), self.actors.source if self.actors else None
+        waited = source.waited_s if source else 0.0
+        batch = self.feed.batch(step)
         train_began = time.monotonic()
-        figures = train_step(self.model, self.optimizer, batch, self.recipe)
+        figures = train_step(self.model, self.optimizer, batch, self.recipe, self._lr(step))
         train_s = time.monotonic() - train_began
         self.state["step"] = step + 1
-        version = self._publish()
-        self.source.commit(step + 1, version)
+        if source and self.recipe.method in ROLLOUT_METHODS:
+            figures["version"] = self._publish()
+            source.commit(step + 1, int(figures["version"]))
+            self.state["lag_sum"] += figures["lag_mean"]
+            self.state["lag_max"] = max(self.state["lag_max"], figures["lag_max"])
+            self.state["rewards"].append(figures["reward_mean"])
+            self.state["rollout_tokens"] += int(figures["completion_tokens"])
+        if figures.get("kept_completions") == 0.0:
+            log.warning("step %d: the grader accepted none of %d completions", step + 1, figures["completions"])
         step_s = time.monotonic() - began
-        recent.append((step_s, figures["completion_tokens"]))
-        self.state["rollout_tokens"] += int(figures["completion_tokens"])
+        recent.append((step_s, figures.get("completion_tokens", figures["tokens"])))
         self.state["learner_tokens"] += figures["tokens"]
         self.state["train_s"] += train_s
-        self.state["rewards"].append(figures["reward_mean"])
-        self.state["lag_sum"] += figures["lag_mean"]
-        self.state["lag_max"] = max(self.state["lag_max"], figures["lag_max"])
         return figures | {
-            "version": version,
+            "branch": self.state["branch"],
             "step_s": step_s,
             "train_s": train_s,
-            "wait_s": self.source.waited_s - waited,
+            "wait_s": source.waited_s - waited if source else 0.0,
             "learner_tokens_per_s": figures["tokens"] / train_s,
         }
 
-    def _publish(self) -> int:
-        return self.publisher.publish(self.model, self.state["step"])
+    def _lr(self, step: int) -> float:
+        return self.state["lr_scale"] * lr_at(step, self.recipe.optim, self.feed.steps)
 
     def _report(self, figures: dict[str, float], recent: deque[tuple[float, float]]) -> None:
         step = self.state["step"]
         seconds = sum(step_s for step_s, _ in recent)
-        figures["rollout_tokens_per_s"] = self.server.totals.tokens_per_s
+        peers = self.actors.server.peers.values() if self.actors else ()
+        if self.actors:
+            figures["rollout_tokens_per_s"] = self.actors.server.totals.tokens_per_s
         figures["tokens_per_s"] = sum(tokens for _, tokens in recent) / seconds
         self.metrics.write(step, figures)
-        left_s = (self.recipe.steps - step) * seconds / len(recent)
+        left_s = (self.feed.steps - step) * seconds / len(recent)
         left_s += self.state["evals"].get("after_warm_start", self.state["evals"].get("before", {})).get("seconds", 0)
         shown = {key: round(value, 4) for key, value in figures.items()}
-        self.status.set(
-            None,
-            **shown,
-            step=step,
-            left_s=left_s,
-            actors={peer.name: peer.hello.pid for peer in self.server.peers.values()},
-            curve=self.state["rewards"][-40:],
+        actors = {peer.name: peer.hello.pid for peer in peers}
+        self.status.set(None, **shown, step=step, left_s=left_s, actors=actors, curve=self.state["rewards"][-40:])
+        log.info("step %d/%d: %s", step, self.feed.steps, _line(figures))
+
+    # --- what the guard's verdict brings ---
+
+    def _went_back(self, verdict: Verdict) -> bool:
+        """Warn, end the run (GuardStop), or go back, by the recipe's policy."""
+        if not verdict.tripped:
+            return False
+        policy = self.recipe.guard.policy
+        log.warning("guard, %s", verdict.tripped)
+        self.status.set(guard=verdict.tripped)
+        if policy == "warn" or verdict.hopeless:
+            return False
+        if policy == "rollback" and self.state["rollbacks"] < self.recipe.guard.max_rollbacks:
+            self._roll_back(verdict.tripped)
+            return True
+        step = checkpoint.step_of(self._good_checkpoint())
+        checkpoint.remove_after(self.run.checkpoints, step)
+        often = f" after {self.state['rollbacks']} rollbacks" if policy == "rollback" else ""
+        raise GuardStop(
+            f"the guard ended the run{often}: {verdict.tripped}. The last good checkpoint is of step"
+            f" {step}; `tandem train --resume` goes on from there, best with a smaller optim.lr"
         )
-        log.info(
-            "step %d/%d: reward %.3f, lag %.2f, version %d, %.1f s (train %.1f, wait %.1f)",
-            *(step, self.recipe.steps, figures["reward_mean"], figures["lag_mean"], figures["version"]),
-            *(figures["step_s"], figures["train_s"], figures["wait_s"]),
+
+    def _roll_back(self, why: str) -> None:
+        """Go on from the last good checkpoint, on a new branch, with a smaller learning rate."""
+        restored = checkpoint.load(self._good_checkpoint(), self.model, self.optimizer)
+        kept = {name: self.state[name] for name in ("wall_s", "rollbacks", "earlier")}
+        before, branch = self.state["step"], self.state["branch"] + 1
+        evals = self.state["evals"]
+        self.state |= restored["run"] | kept
+        self.state |= {"evals": evals, "branch": branch, "rollbacks": kept["rollbacks"] + 1}
+        self.state["lr_scale"] *= self.recipe.guard.lr_factor
+        self.guard.restore(self.state["guard"])
+        if self.actors:
+            self.evaluations.go_back(self.state["step"])
+            self.actors.source.roll_back(restored["tickets"], branch, self.versions.next)
+            self._publish()
+        self.metrics.roll_back(self.state["step"], branch)
+        self._checkpoint()
+        checkpoint.remove_after(self.run.checkpoints, self.state["step"])
+        log.warning(
+            "rolled back from step %d to step %d (branch %d), learning rate x %g: %s",
+            *(before, self.state["step"], branch, self.state["lr_scale"], why),
         )
+        self.status.set(rollbacks=self.state["rollbacks"], step=self.state["step"])
+
+    def _good_checkpoint(self) -> Path:
+        path = checkpoint.newest_good(self.run.checkpoints)
+        assert path is not None, "the prologue writes one"
+        return path
+
+    # --- versions and evaluations ---
+
+    def _publish(self) -> int:
+        assert self.actors is not None
+        return self.actors.publish(self.model, self.state["step"], self.state["branch"])
+
+    def _current_version(self) -> int:
+        """A version with the weights of this moment: the step's own, or one made for an evaluation."""
+        assert self.actors is not None
+        known = self.actors.server.dispatcher.step_versions.get(self.state["step"])
+        return known if known is not None else self._publish()
+
+    def _publish_finished(self) -> int:
+        return self._current_version() if self.actors and self.recipe.eval.prompts else 0
+
+    def _evaluate(self, name: str, version: int) -> None:
+        if self.actors:
+            self.evaluations.measure(name, version, self._take_timeout())
 
     def _take_timeout(self) -> float:
         """Longest wait for a batch: every attempt of a straggler, and an engine's restart."""
@@ -341,14 +392,16 @@ class Learner:
 
     # --- checkpoints and the end ---
 
+    def _checkpoint_if_due(self) -> None:
+        every, step = self.recipe.checkpoint.every_steps, self.state["step"]
+        if every and step % every == 0 and step < self.feed.steps:
+            self._checkpoint()
+
     def _checkpoint(self) -> None:
-        self.state["wall_s"] += time.monotonic() - self.began
-        self.began = time.monotonic()
-        self.server.journal.sync()
-        with self.server.lock:
-            tickets = self.server.dispatcher.state()
-            replay_offset = self.source.replay_offset()
-        state = self.state | {"earlier": process_totals(self.state, self.server)}
+        self._count_wall()
+        self.state["guard"] = self.guard.state()
+        tickets, replay_offset = self.actors.tickets() if self.actors else ({}, 0)
+        state = self.state | {"earlier": process_totals(self.state, self.actors)}
         checkpoint.save(
             self.run.checkpoints,
             self.state["step"],
@@ -356,35 +409,31 @@ class Learner:
             self.optimizer,
             {"run": state, "tickets": tickets, "replay_offset": replay_offset},
             self.recipe.checkpoint.keep,
+            good=not self.guard.suspicious,
         )
-        write_json(self.run.summary, self._summary())
+        self._write_summary()
 
-    def _restore_tickets(self) -> None:
-        """Give the dispatcher what the checkpoint and the journal say of every ticket, before any actor is heard."""
-        assert self.restored is not None
-        start = self.restored["replay_offset"]
-        found = list(read_groups_with_offsets(self.run.journal, start))
-        kept = self.server.dispatcher.restore(
-            self.restored["tickets"],
-            [group for _, group in found],
-            self.versions.next,
-            read_failed(self.run.journal, start),
-            self.versions.steps,
-        )
-        offsets = {group.id.index: offset for offset, group in found if group.id.epoch == TRAIN_EPOCH}
-        self.server.offsets = {index: offsets[index] for index in kept}
-        log.info("%d groups of unfinished tickets come from the journal", len(kept))
+    def _finish(self) -> None:
+        """The figures of the whole run, and the actors are sent home."""
+        self._count_wall()
+        self._write_summary()
+        if self.actors:
+            self.actors.leave(DRAIN_TIMEOUT_S)
 
-    def _epilogue(self) -> None:
-        """Evaluate the trained version, export the model, write the figures."""
-        version = self.server.dispatcher.step_versions[self.state["step"]]
-        self._evaluate("after", version)
-        self.status.set("exporting the model")
-        self.model.export(self.run.model, self.tokenizer)
-        self.state["wall_s"] += time.monotonic() - self.began
-        self.began = time.monotonic()
-        write_json(self.run.summary, self._summary())
+    def _count_wall(self) -> None:
+        now = time.monotonic()
+        self.state["wall_s"] += now - self.began
+        self.began = now
 
-    def _summary(self) -> dict[str, Any]:
-        with self.server.lock:
-            return run_summary(self.recipe, self.state, self.server, self.publisher)
+    def _write_summary(self) -> None:
+        write_json(self.run.summary, run_summary(self.recipe, self.state, self.actors, self.versions))
+
+
+def _line(figures: dict[str, float]) -> str:
+    """A step for the log: what there is of the figures that people look at first."""
+    parts = {
+        "reward_mean": "reward {:.3f}", "kept_completions": "kept {:.0f}", "nll": "loss {:.3f} nats a token",
+        "dpo_accuracy": "preferred {:.2f}", "filtered_groups": "filtered {:.0f}", "lag_mean": "lag {:.2f}",
+        "version": "version {:.0f}", "step_s": "{:.1f} s", "train_s": "train {:.1f}", "wait_s": "wait {:.1f}",
+    }  # fmt: skip
+    return ", ".join(form.format(figures[name]) for name, form in parts.items() if name in figures)

@@ -16,13 +16,27 @@ class MetricsLog:
     """One line a step in metrics.jsonl, the same figures in TensorBoard."""
 
     def __init__(self, run: RunDir, first_step: int = 0) -> None:
-        """Go on after `first_step` steps."""
+        """Go on after `first_step` steps; rows of later ones are lost with a crash."""
+        self._run = run
+        self._go_on_after(first_step)
+
+    def _go_on_after(self, step: int) -> list[Any]:
+        """Open the files behind the row of `step`. Returns the rows that were cut off."""
         from torch.utils.tensorboard import SummaryWriter
 
-        rows = [row for row in read_jsonl(run.metrics) if row["step"] <= first_step]  # later ones are lost with a crash
-        replace_file(run.metrics, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = open(run.metrics, "a")  # noqa: SIM115 - open for the life of the run
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
+        rows = read_jsonl(self._run.metrics)
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+        replace_file(self._run.metrics, kept)
+        self._file = open(self._run.metrics, "a")  # noqa: SIM115 - open for the life of the run
+        self._board = SummaryWriter(str(self._run.tensorboard), purge_step=step + 1)
+        return [row for row in rows if row["step"] > step]
+
+    def roll_back(self, step: int, branch: int) -> None:
+        """Steps after `step` are no longer part of the run: their rows go to a file of their own."""
+        self.close()
+        abandoned = self._go_on_after(step)
+        with open(self._run.abandoned_metrics, "a") as file:
+            file.writelines(json.dumps(row | {"abandoned_by_branch": branch}) + "\n" for row in abandoned)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Log a step's figures; a figure that is not finite becomes null in the file and stays out of TensorBoard."""

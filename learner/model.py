@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from learner.batch import PackedBatch, Row, Sample, pack
-from protocol.config import LearnerConfig, ModelConfig
+from learner.batch import PackedBatch, Row, Sample, pack_lines
+from protocol.sections import LearnerConfig, ModelConfig
 
 HEAD_CHUNK_LOGITS = 16 * 2**20
 """Logits computed at once (64 MiB in fp32)."""
@@ -103,6 +103,26 @@ class PolicyModel:
         with self.compute():
             return self._forward(packed.to(self.device), with_entropy)
 
+    def frozen_copy(self) -> dict[str, Tensor]:
+        """The weights of this moment as they are published, by parameter name, on the model's device: a reference.
+
+        Its memory is one copy of the model in `model.dtype`.
+        """
+        return {name: p.detach().to(self.publish_dtype, copy=True) for name, p in self.named_parameters()}
+
+    def frozen_logprobs(self, weights: dict[str, Tensor], packed: PackedBatch) -> Tensor:
+        """[N] float32 logprobs of the response tokens under a `frozen_copy`, without gradient.
+
+        Not inside `compute()`. Raises ValueError if the weights are of another model."""
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        if weights.keys() != set(names.values()):
+            raise ValueError("the reference's weights are of another model")
+        with torch.no_grad(), swapped_parameters(self.network, lambda p: self._frozen_value(weights[names[id(p)]])):
+            return self._forward(packed.to(self.device), with_entropy=False).logprobs
+
+    def _frozen_value(self, weight: Tensor) -> Tensor:
+        return weight.to(self.device, self.compute_dtype)
+
     def _forward(self, packed: PackedBatch, with_entropy: bool) -> LogprobOutput:
         attention = packed.attention
         if self.attention == "eager":  # adds its mask to the scores, so a bool mask would mean something else
@@ -159,8 +179,9 @@ class PolicyModel:
         its hidden states and its logits (scaling, soft-capping) or between its tokens (recurrence) that packing skips.
         """
         rows = _self_check_rows(self.network.get_input_embeddings().num_embeddings)
+        lines = [(rows[0],), tuple(rows[1:])]  # two rows that share a line, and one that is padded
         with torch.no_grad():
-            packed = self._forward(pack(rows).to(self.device), with_entropy=False).logprobs
+            packed = self._forward(pack_lines(lines).to(self.device), with_entropy=False).logprobs
             plain = torch.cat([self._plain_logprobs(row, sample) for row in rows for sample in row.samples])
         worst = float((packed - plain).abs().max())
         if not worst <= SELF_CHECK_BOUND_NATS:
@@ -325,4 +346,4 @@ def _self_check_rows(vocabulary: int) -> list[Row]:
         ids = tuple(random.integers(0, vocabulary, prompt).tolist())
         return Row(ids, tuple(sample(length) for length in lengths), temperature=1.0)
 
-    return [row(9, 5, 1, 7), row(4, 3, 6)]
+    return [row(9, 5, 1, 7), row(4, 3, 6), row(3, 2, 2)]

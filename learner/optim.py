@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from learner.model import PolicyModel
-from protocol.config import OptimConfig
+from protocol.sections import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 

@@ -28,22 +28,37 @@ ANNOUNCE_S = 120.0
 
 
 class Versions:
-    """The run's version numbers, reserved in a file, and the step that each one carries."""
+    """The run's version numbers, reserved in a file, and the step that each one carries.
+
+    The first version of a new branch carries the step that the run went back to; versions of later steps before it
+    belong to nothing any more.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         cut_torn_line(path)
-        self._steps: dict[int, int] = {row["version"]: row["step"] for row in read_jsonl(path)}
+        self._steps: dict[int, int] = {}
+        self._branch = 0
+        self._surviving: set[int] = set()
+        for row in read_jsonl(path):
+            self._add(row["version"], row["step"], row.get("branch", 0))
 
-    def reserve(self, step: int) -> int:
+    def reserve(self, step: int, branch: int = 0) -> int:
         """Next number, on disk when this returns."""
         version = self.next
         with open(self._path, "a") as file:
-            file.write(json.dumps({"version": version, "step": step}) + "\n")
+            file.write(json.dumps({"version": version, "step": step, "branch": branch}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self._steps[version] = step
+        self._add(version, step, branch)
         return version
+
+    def _add(self, version: int, step: int, branch: int) -> None:
+        if branch != self._branch:
+            self._branch = branch
+            self._surviving = {earlier for earlier in self._surviving if self._steps[earlier] <= step}
+        self._steps[version] = step
+        self._surviving.add(version)
 
     @property
     def next(self) -> int:
@@ -52,8 +67,8 @@ class Versions:
 
     @property
     def steps(self) -> dict[int, int]:
-        """Step of every version."""
-        return dict(self._steps)
+        """Step of every version that is of the surviving branch."""
+        return {version: self._steps[version] for version in sorted(self._surviving)}
 
     def step_of(self, version: int) -> int:
         """Training steps that a version has seen. Raises KeyError for a number that was never reserved."""
@@ -88,22 +103,22 @@ class Publisher:
         self.bytes_dense = 0
         """Bytes of one dense version."""
 
-    def publish(self, model: PolicyModel, step: int) -> int:
+    def publish(self, model: PolicyModel, step: int, branch: int = 0) -> int:
         """Publish the weights after `step` steps; returns the version. The model may be changed when this returns.
 
         Raises what the publication before this one raised behind the caller's back.
         """
         self.wait()
-        version = self.versions.reserve(step)
+        version = self.versions.reserve(step, branch)
         specs, buffer = flatten(model.published_state())
         self.bytes_dense = buffer.numel()
         self._reserve(step, version)
-        self._pending = self._worker.submit(self._finish, version, step, specs, buffer)
+        self._pending = self._worker.submit(self._finish, version, step, branch, specs, buffer)
         self.published += 1
         return version
 
-    def _finish(self, version: int, step: int, specs: tuple, buffer: torch.Tensor) -> None:
-        self._announce(make_snapshot(version, step, specs, buffer.numpy().data))
+    def _finish(self, version: int, step: int, branch: int, specs: tuple, buffer: torch.Tensor) -> None:
+        self._announce(make_snapshot(version, step, specs, buffer.numpy().data, branch))
 
     def wait(self) -> None:
         """Wait until the last version is announced; raises what went wrong with it."""

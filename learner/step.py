@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from learner.batch import Batch, Minibatch, PackedBatch, pack, plan_microbatches
-from learner.methods import losses
+from learner.batch import Batch, Line, Minibatch, PackedBatch, Row, pack_lines, plan_microbatches
+from learner.methods import losses, packed_losses
+from learner.methods.kl import kl_loss
 from learner.model import LogprobOutput, PolicyModel
-from learner.optim import Optimizer, lr_at
+from learner.optim import Optimizer
 from protocol.config import Recipe
 
 MicrobatchLoss = Callable[[PackedBatch, LogprobOutput], tuple[Tensor, losses.Metrics]]
 
 
-def train_step(model: PolicyModel, optimizer: Optimizer, batch: Batch, recipe: Recipe) -> dict[str, float]:
-    """`optim.epochs` passes of one optimizer update for each minibatch. Returns the step's metrics, `batch.stats` too.
+def train_step(model: PolicyModel, optimizer: Optimizer, batch: Batch, recipe: Recipe, lr: float) -> dict[str, float]:
+    """`batch.passes` passes of one optimizer update for each minibatch. Returns the step's metrics, `batch.stats` too.
 
     With more than one update, the old logprobs (the proximal policy of the clip) come from one forward pass before the
     first. With exactly one they are the current ones, detached: ratio 1, no second forward pass.
@@ -35,43 +37,48 @@ def train_step(model: PolicyModel, optimizer: Optimizer, batch: Batch, recipe: R
 
     Raises FloatingPointError, naming step and update, before a loss or gradient that is not finite reaches the weights.
     """
-    lr = lr_at(batch.step, recipe.optim, recipe.steps)
     optimizer.set_lr(lr)
-    minibatches = [m for m in batch.minibatches if _has_signal(m)]
-    microbatches = [_pack(m, recipe.learner.microbatch_tokens) for m in minibatches]
+    pulled_by_kl = recipe.grpo.kl_coef > 0 and recipe.grpo.kl_in == "loss"
+    wants_advantage = batch.loss == "policy" and not pulled_by_kl
+    minibatches = [m for m in batch.minibatches if _has_signal(m, wants_advantage)]
+    microbatches = [_pack(m.rows, recipe, split=batch.loss != "dpo") for m in minibatches]
     old: list[list[Tensor | None]] = [[None] * len(packed) for packed in microbatches]
-    if recipe.optim.epochs * len(minibatches) > 1:
+    if batch.loss == "policy" and batch.passes * len(minibatches) > 1:
         old = old_logprobs(model, microbatches)
 
     sums: Counter[str] = Counter()
-    for _ in range(recipe.optim.epochs):
+    for _ in range(batch.passes):
         for minibatch, packed, before in zip(minibatches, microbatches, old, strict=True):
-            loss_of = _policy_loss(minibatch, packed, before, recipe)
+            loss_of = _loss_of(batch, minibatch, before, recipe)
             what = f"step {batch.step}, update {int(sums['updates']) + 1}"
             sums.update(update(model, optimizer, packed, loss_of, recipe.optim.max_grad_norm, what))
-    sums["skipped_updates"] = recipe.optim.epochs * (len(batch.minibatches) - len(minibatches))
-    sampled = recipe.optim.epochs * sum(minibatch.num_tokens for minibatch in batch.minibatches)
+    sums["skipped_updates"] = batch.passes * (len(batch.minibatches) - len(minibatches))
+    sampled = batch.passes * sum(minibatch.num_tokens for minibatch in batch.minibatches)
     return batch.stats | {"lr": lr, "trained_token_share": sums["tokens"] / max(sampled, 1)} | summarize(sums)
 
 
-def sft_step(model: PolicyModel, optimizer: Optimizer, batch: Batch, recipe: Recipe) -> dict[str, float]:
-    """One optimizer update for each minibatch of demonstrations, at `warm_start.lr`: mean loss over response tokens.
-
-    Raises FloatingPointError as `train_step` does.
-    """
-    optimizer.set_lr(recipe.warm_start.lr)
-    sums: Counter[str] = Counter()
-    for index, minibatch in enumerate(batch.minibatches):
-        packed = _pack(minibatch, recipe.learner.microbatch_tokens)
-        what = f"warm start, step {batch.step}, update {index + 1}"
-        sums.update(update(model, optimizer, packed, _sft_loss(minibatch), recipe.optim.max_grad_norm, what))
-    return {"lr": recipe.warm_start.lr} | summarize(sums)
-
-
 def old_logprobs(model: PolicyModel, microbatches: Sequence[Sequence[PackedBatch]]) -> list[list[Tensor | None]]:
-    """The proximal policy's logprobs of every microbatch, without gradients."""
+    """The learner's logprobs of every microbatch before the step's first update, without gradients."""
     with torch.no_grad(), model.compute():
         return [[model.logprobs(packed, with_entropy=False).logprobs for packed in group] for group in microbatches]
+
+
+def with_reference(
+    model: PolicyModel, weights: dict[str, Tensor], rows: Sequence[Row], recipe: Recipe, split: bool = True
+) -> list[Row]:
+    """The rows with the logprobs of the reference (`PolicyModel.frozen_copy`) in every sample that has tokens."""
+    trainable = [replace(row, samples=tuple(s for s in row.samples if s.num_tokens)) for row in rows]
+    found = {}
+    for lines in _plan([row for row in trainable if row.samples], recipe, split):
+        logprobs = model.frozen_logprobs(weights, pack_lines(lines)).cpu().numpy()
+        start = 0
+        for sample in (sample for line in lines for row in line for sample in row.samples):
+            found[id(sample)] = logprobs[start : start + sample.num_tokens]
+            start += sample.num_tokens
+    return [
+        replace(row, samples=tuple(replace(s, reference_logprobs=found.get(id(s))) for s in row.samples))
+        for row in rows
+    ]
 
 
 def update(
@@ -96,6 +103,7 @@ def update(
             loss.backward()
             assert output.entropy is not None
             metrics |= {"loss": loss.detach(), "entropy": losses.masked_sum(output.entropy, packed.mask)}
+            metrics |= {"tokens": packed.mask.sum().float()}
             sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
     totals = {name: float(value) for name, value in sums.items()}
     grad_norm = optimizer.clip(max_grad_norm)
@@ -111,7 +119,7 @@ def update(
 
 
 def summarize(sums: Counter[str]) -> dict[str, float]:
-    """Sums over a step -> what is logged: means over updates, trained tokens, or all response tokens."""
+    """Sums over a step -> what is logged: means over updates, trained tokens, pairs, or all response tokens."""
     updates, tokens = max(sums["updates"], 1), max(sums["tokens"], 1)
     metrics = {
         name: float(sums[name]) for name in ("updates", "skipped_updates", "microbatches", "positions", "tokens")
@@ -120,54 +128,91 @@ def summarize(sums: Counter[str]) -> dict[str, float]:
     names = {
         "entropy": "entropy", "nll": "nll", "engine_gap": "engine_gap", "kl_k1": "kl_k1", "kl_k3": "kl_k3",
         "importance": "importance_mean", "truncated": "importance_truncated_share", "clipped": "clipped_share",
-        "ratio": "ratio_mean",
+        "ratio": "ratio_mean", "reference_kl_k1": "reference_kl_k1", "reference_kl_k3": "reference_kl_k3",
     }  # fmt: skip
     metrics |= {name: sums[key] / tokens for key, name in names.items() if key in sums}
     if "ratio" in sums:
         metrics["ratio_std"] = math.sqrt(max(sums["ratio_squared"] / tokens - metrics["ratio_mean"] ** 2, 0.0))
+    if "pairs" in sums:
+        per_pair = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+        metrics |= {f"dpo_{name}": sums[name] / max(sums["pairs"], 1) for name in per_pair}
     return metrics
 
 
-def _policy_loss(
-    minibatch: Minibatch, microbatches: Sequence[PackedBatch], old: Sequence[Tensor | None], recipe: Recipe
-) -> MicrobatchLoss:
+# --- which loss -------------------------------------------------------------------------------------------------------
+
+
+def _loss_of(batch: Batch, minibatch: Minibatch, old: Sequence[Tensor | None], recipe: Recipe) -> MicrobatchLoss:
+    if batch.loss == "policy":
+        return _policy_loss(minibatch, old, recipe)
+    return _sft_loss(minibatch, recipe) if batch.loss == "sft" else _dpo_loss(minibatch, recipe)
+
+
+def _policy_loss(minibatch: Minibatch, old: Iterable[Tensor | None], recipe: Recipe) -> MicrobatchLoss:
     grpo = recipe.grpo
     before = iter(old)
 
     def loss_of(packed: PackedBatch, output: LogprobOutput) -> tuple[Tensor, losses.Metrics]:
-        proximal = next(before)
-        if proximal is None:
-            proximal = output.logprobs.detach()
-        importance = losses.importance_weights(proximal, packed.engine_logprobs, grpo.importance_cap)
-        weights = losses.token_weights(
+        learner = next(before)
+        if learner is None:
+            learner = output.logprobs.detach()
+        engine_is_proximal = grpo.proximal == "engine"
+        importance, outside = packed_losses.importance_weights(
+            learner, packed.engine_logprobs, packed.mask, packed.sequence_index,
+            cap=0.0 if engine_is_proximal else grpo.importance_cap, floor=grpo.importance_floor,
+            level=grpo.importance_level, mode=grpo.importance_mode,
+        )  # fmt: skip
+        weights = packed_losses.token_weights(
             grpo.aggregation, packed.mask, packed.sequence_tokens, minibatch.num_tokens, minibatch.num_sequences,
             recipe.rollout.max_tokens,
         )  # fmt: skip
-        loss, metrics = losses.packed_policy_loss(
+        proximal = packed.engine_logprobs if engine_is_proximal else learner
+        loss, metrics = packed_losses.packed_policy_loss(
             grpo.loss, output.logprobs, proximal, packed.advantages, importance, weights, packed.sequence_index,
             grpo.clip_low, grpo.clip_high,
         )  # fmt: skip
-        return loss, metrics | losses.policy_metrics(
-            proximal, packed.engine_logprobs, importance, packed.mask, grpo.importance_cap
-        )
+        metrics |= packed_losses.policy_metrics(learner, packed.engine_logprobs, importance, packed.mask, outside)
+        if grpo.kl_coef and grpo.kl_in == "loss":
+            kl, kl_metrics = kl_loss(grpo.kl_estimator, output.logprobs, packed.reference_logprobs, weights)
+            loss, metrics = loss + grpo.kl_coef * kl, metrics | kl_metrics
+        return loss, metrics
 
     return loss_of
 
 
-def _sft_loss(minibatch: Minibatch) -> MicrobatchLoss:
+def _sft_loss(minibatch: Minibatch, recipe: Recipe) -> MicrobatchLoss:
     def loss_of(packed: PackedBatch, output: LogprobOutput) -> tuple[Tensor, losses.Metrics]:
-        weights = losses.token_weights(
-            "token_mean", packed.mask, packed.sequence_tokens, minibatch.num_tokens, minibatch.num_sequences, 1
-        )
-        loss, metrics = losses.sft(output.logprobs, weights)
-        return loss, metrics | {"tokens": packed.mask.sum().float()}
+        weights = packed_losses.token_weights(
+            recipe.sft.aggregation, packed.mask, packed.sequence_tokens, minibatch.num_tokens, minibatch.num_sequences,
+            recipe.sft.constant,
+        )  # fmt: skip
+        return packed_losses.sft(output.logprobs, weights)
 
     return loss_of
 
 
-def _pack(minibatch: Minibatch, budget_tokens: int) -> list[PackedBatch]:
-    return [pack(rows) for rows in plan_microbatches(minibatch.rows, budget_tokens)]
+def _dpo_loss(minibatch: Minibatch, recipe: Recipe) -> MicrobatchLoss:
+    def loss_of(packed: PackedBatch, output: LogprobOutput) -> tuple[Tensor, losses.Metrics]:
+        return packed_losses.packed_dpo_loss(
+            output.logprobs, packed.reference_logprobs, packed.mask, packed.sequence_index, len(minibatch.rows),
+            recipe.dpo.beta, recipe.dpo.label_smoothing,
+        )  # fmt: skip
+
+    return loss_of
 
 
-def _has_signal(minibatch: Minibatch) -> bool:
-    return any(sample.advantage != 0.0 and sample.mask.any() for row in minibatch.rows for sample in row.samples)
+# --- microbatches -----------------------------------------------------------------------------------------------------
+
+
+def _plan(rows: Sequence[Row], recipe: Recipe, split: bool) -> list[list[Line]]:
+    return plan_microbatches(rows, recipe.learner.microbatch_tokens, recipe.learner.packing, split)
+
+
+def _pack(rows: Sequence[Row], recipe: Recipe, split: bool) -> list[PackedBatch]:
+    return [pack_lines(lines) for lines in _plan(rows, recipe, split)]
+
+
+def _has_signal(minibatch: Minibatch, wants_advantage: bool) -> bool:
+    """Whether anything in it has a gradient."""
+    samples = [sample for row in minibatch.rows for sample in row.samples]
+    return any(sample.mask.any() and (sample.advantage != 0.0 or not wants_advantage) for sample in samples)

@@ -6,14 +6,17 @@ from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from learner.intake.dispatcher import TICKET_STATES
+from learner.intake.server import ActorsSeen, ActorTotals
 from protocol.config import Recipe
 
 if TYPE_CHECKING:
+    from learner.actors import Actors
     from learner.intake.server import IntakeServer
-    from learner.publish import Publisher
+    from learner.publish import Versions
 
 
-def run_summary(recipe: Recipe, state: dict[str, Any], server: IntakeServer, publisher: Publisher) -> dict[str, Any]:
+def run_summary(recipe: Recipe, state: dict[str, Any], actors: Actors | None, versions: Versions) -> dict[str, Any]:
     """Figures of a run so far.
 
     `rollout_tokens` are the completion tokens of the groups that became steps, `tokens_per_s` is over the wall time of
@@ -21,9 +24,11 @@ def run_summary(recipe: Recipe, state: dict[str, Any], server: IntakeServer, pub
     what goes through forward and backward (`learner_tokens`; completions of zero advantage are left out) over the time
     inside gradient steps. `weights.seconds_p50` is an actor's fetch, check and staging of a version,
     `pause_seconds_p50` the time that its generation stood still. Medians are of the present process; everything else is
-    of the whole run, resumed or not.
+    of the whole run, resumed or not. A run without actors has zeros and nulls there. `branch` counts the rollbacks that
+    lie behind the surviving steps, `lr_scale` is what they have made of the learning rate.
     """
-    evals, rewards, process = state["evals"], state["rewards"], process_totals(state, server)
+    evals, rewards, process = state["evals"], state["rewards"], process_totals(state, actors)
+    server = actors.server if actors else None
     reward = {name: result["reward"] for name, result in evals.items()}
     return {
         "name": recipe.name,
@@ -33,6 +38,10 @@ def run_summary(recipe: Recipe, state: dict[str, Any], server: IntakeServer, pub
         "wall_s": state["wall_s"],
         "reward_first": rewards[0] if rewards else None,
         "reward_last": rewards[-1] if rewards else None,
+        "rollbacks": state["rollbacks"],
+        "branch": state["branch"],
+        "lr_scale": state["lr_scale"],
+        "eval": reward.get("eval"),
         "eval_before": reward.get("before"),
         "eval_after_warm_start": reward.get("after_warm_start"),
         "eval_after": reward.get("after"),
@@ -43,35 +52,46 @@ def run_summary(recipe: Recipe, state: dict[str, Any], server: IntakeServer, pub
         "learner_tokens_per_s": _rate(state["learner_tokens"], state["train_s"]),
         "lag_mean": state["lag_sum"] / len(rewards) if rewards else None,
         "lag_max": state["lag_max"],
-        "tickets": server.dispatcher.counts(),
+        "tickets": _tickets(server),
         "weights": {
-            "versions": len(publisher.versions),
-            "bytes_dense": publisher.bytes_dense,
+            "versions": len(versions),
+            "bytes_dense": actors.publisher.bytes_dense if actors else 0,
             "bytes_sent": process["bytes_sent"],
-            "seconds_p50": median(server.swap_fetches) if server.swap_fetches else None,
-            "pause_seconds_p50": median(server.swap_pauses) if server.swap_pauses else None,
+            "seconds_p50": median(server.swap_fetches) if server and server.swap_fetches else None,
+            "pause_seconds_p50": median(server.swap_pauses) if server and server.swap_pauses else None,
         },
         "actors": {
             "started": process["started"],
             "restarted": process["restarted"],
             "max": process["max"],
         },
-        "frames_dropped": dict(server.hub.faults.counts),
+        "frames_dropped": dict(server.hub.faults.counts) if server else {},
     }
 
 
-def process_totals(state: dict[str, Any], server: IntakeServer) -> dict[str, Any]:
+def _tickets(server: IntakeServer | None) -> dict[str, int]:
+    if server is None:
+        return dict.fromkeys(TICKET_STATES, 0)
+    with server.lock:
+        return server.dispatcher.counts()
+
+
+def process_totals(state: dict[str, Any], actors: Actors | None) -> dict[str, Any]:
     """What the hub counted, in this process and, by the checkpoint's word (`earlier`), in those before."""
-    totals, earlier = server.totals, state["earlier"]
+    earlier = state["earlier"]
+    totals = actors.server.totals if actors else ActorTotals()
     counted = {
-        "bytes_sent": server.hub.bytes_sent,
+        "bytes_sent": actors.server.hub.bytes_sent if actors else 0,
         "started": totals.started,
         "restarted": totals.restarted,
         "generated_tokens": totals.generated_tokens,
         "busy_s": totals.busy_s,
     }
     summed = {name: value + earlier.get(name, 0) for name, value in counted.items()}
-    return summed | {"max": max(totals.max, earlier.get("max", 0)), "seen": asdict(server.known)}
+    return summed | {
+        "max": max(totals.max, earlier.get("max", 0)),
+        "seen": asdict(actors.server.known if actors else ActorsSeen()),
+    }
 
 
 def _rate(count: float, seconds: float) -> float | None:

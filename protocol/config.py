@@ -1,8 +1,8 @@
 """The recipe: one TOML file that says everything about a run. Both sides, the launcher and `--resume` read it here.
 
-Models are frozen and refuse unknown keys. What one key alone cannot show to be wrong is checked in `Recipe.check`;
-what needs files or the model's own configuration is checked by the launcher before anything starts
-(`deploy/preflight.py`). Runtime state is never stored here.
+The sections and their keys are in `sections.py`. What one key alone cannot show to be wrong is checked in
+`Recipe.check`; what needs files, graders or the model's own configuration is checked by the launcher before anything
+starts (`deploy/preflight.py`).
 """
 
 from __future__ import annotations
@@ -11,239 +11,117 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from protocol.errors import RecipeError
+from protocol.sections import (
+    ActorConfig,
+    CheckpointConfig,
+    DpoConfig,
+    EvalConfig,
+    ExpertIterationConfig,
+    GrpoConfig,
+    GuardConfig,
+    LearnerConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+    Section,
+    SftConfig,
+    TaskConfig,
+    WarmStartConfig,
+    WeightsConfig,
+    WireConfig,
+)
 
-Positive = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-TomlArray = Field(strict=False)
-"""Sections are strict (a string is no number), but TOML has no tuples: an array becomes one, its items stay strict."""
-
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+Method = Literal["grpo", "expert_iteration", "sft", "dpo", "eval"]
+OFFLINE_METHODS = ("sft", "dpo")
+"""Learn from a data set: without evaluation they need no actor."""
+ROLLOUT_METHODS = ("grpo", "expert_iteration")
+"""Learn from what the actors draw."""
+DEFAULT_STEPS = 15
 
 RESUMABLE_KEYS = (
     "steps", "optim.lr", "optim.schedule", "optim.min_lr_ratio", "optim.max_grad_norm", "checkpoint.every_steps",
     "checkpoint.keep", "actor.count", "actor.max_running", "actor.kv_cache_gib", "actor.threads", "actor.gpus",
-    "learner.microbatch_tokens", "learner.threads", "learner.device", "wire.port", "eval.examples_shown",
+    "learner.microbatch_tokens", "learner.packing", "learner.threads", "learner.device", "wire.port",
+    "eval.examples_shown", "eval.every_steps", "eval.share", "guard.policy", "guard.lr_factor", "guard.max_rollbacks",
 )  # fmt: skip
 """Keys that `--resume` may change: none of them alters what the finished steps meant."""
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
-
-
-class ModelConfig(Section):
-    path: str = "bundled"
-    """Local directory, hub id, or "bundled" (SmolLM2-135M-Instruct, built from a package, no hub needed)."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute type of the learner, type of the weights on the wire and in the engine. Master weights are float32."""
-    max_model_len: Positive = 256
-    """Tokens of prompt and completion together, in the engine."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-
-
-class TaskConfig(Section):
-    name: Literal["arithmetic", "jsonl"] = "arithmetic"
-    max_operand: Positive = 20
-    """arithmetic: a and b are drawn from 0..max_operand."""
-    train: str = ""
-    """jsonl: file with one {"prompt", "answer"} object a line (and "solution", for a warm start)."""
-    heldout: str = ""
-    """jsonl: file of the held-out problems."""
-    grader: Literal["integer", "exact"] = "integer"
-    """integer: the answer must be the only integer at the end; exact: the stripped text must be equal."""
-    system_prompt: str = ""
-    """Put before the prompt through the model's chat template."""
-
-    @model_validator(mode="after")
-    def _files(self) -> TaskConfig:
-        if self.name == "jsonl" and not self.train:
-            raise ValueError('train: found "", allowed: a file of problems, since task.name = "jsonl"')
-        return self
-
-
-class RolloutConfig(Section):
-    groups_per_step: Positive = 16
-    group_size: Positive = 8
-    max_tokens: Positive = 16
-    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    min_p: Fraction = 0.0
-    accept_sampling_bias: bool = False
-    """Must be true to train on completions drawn with top_p, top_k or min_p: the gradient is then biased."""
-    stop: Annotated[tuple[str, ...], TomlArray] = ()
-    max_lag: Annotated[int, Field(ge=0, le=64)] = 1
-    """Steps by which the weights that began a completion may be behind. 0: strictly on-policy, no overlap."""
-    max_attempts: Positive = 5
-    """A ticket that failed so often is counted as failed and left out."""
-    straggler_s: PositiveFloat = 120.0
-    """A lease older than this that blocks the next batch is cancelled and issued again."""
-
-
-class GrpoConfig(Section):
-    advantage: Literal["group_mean_std", "group_mean", "leave_one_out", "batch_normalized", "none"] = "group_mean_std"
-    """GRPO; Dr. GRPO; RLOO; REINFORCE++; the reward itself, which goes with loss = no_baseline alone."""
-    std_eps: PositiveFloat = 1e-4
-    loss: Literal["no_baseline", "reinforce_with_baseline", "grpo_clip", "gspo", "cispo"] = "grpo_clip"
-    """The first two know no ratio; gspo: the sequence's ratio; cispo: the weight is clipped, no gradient is lost."""
-    clip_low: Fraction = 0.2
-    clip_high: PositiveFloat = 0.2
-    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    """token_mean: over the batch's tokens (DAPO); sequence_mean: per sequence, then over sequences (GRPO); constant:
-    by `max_tokens` (Dr. GRPO)."""
-    importance_cap: Annotated[float, Field(ge=0)] = 2.0
-    """Truncated importance sampling: weight per token min(exp(old - engine), cap). 0: no correction."""
-    skip_zero_advantage: bool = True
-    """Leave completions whose advantage is exactly 0 out of forward and backward: their gradient is 0."""
-
-
-class OptimConfig(Section):
-    lr: PositiveFloat = 1e-5
-    betas: Annotated[tuple[Fraction, Fraction], TomlArray] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: PositiveFloat = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    schedule: Literal["constant", "cosine"] = "constant"
-    min_lr_ratio: Fraction = 0.1
-    """cosine: the last step's learning rate as a share of `lr`."""
-    epochs: Positive = 1
-    """Passes over one rollout batch."""
-    minibatches: Positive = 1
-    """Optimizer updates a pass."""
-
-
-class WarmStartConfig(Section):
-    examples: Annotated[int, Field(ge=0)] = 0
-    """Demonstrations of the SFT phase before the first step; 0: no warm start."""
-    epochs: Positive = 2
-    batch_size: Positive = 16
-    lr: PositiveFloat = 2e-5
-
-
-class EvalConfig(Section):
-    prompts: Annotated[int, Field(ge=0)] = 64
-    """Held-out problems; 0: no evaluation."""
-    samples: Positive = 4
-    """Completions a problem."""
-    temperature: PositiveFloat = 1.0
-    max_tokens: Annotated[int, Field(ge=0)] = 0
-    """0: as in `rollout`."""
-    examples_shown: Annotated[int, Field(ge=0)] = 4
-
-
-class LearnerConfig(Section):
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    microbatch_tokens: Positive = 2048
-    """Budget of packed tokens (padding included) of one forward and backward pass."""
-    threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of the mathematics; 0: all cores, half of them while engines generate beside it."""
-    gradient_checkpointing: bool = False
-
-
-class ActorConfig(Section):
-    count: Annotated[int, Field(ge=0)] = 1
-    """Actors that the launcher starts; 0: actors are started by hand (`tandem actor`)."""
-    engine: Literal["vllm", "fake"] = "vllm"
-    max_running: Positive = 64
-    """Completions that the engine runs at once."""
-    kv_cache_gib: PositiveFloat = 1.0
-    """CPU engine: memory of the KV cache."""
-    gpu_memory_utilization: Fraction = 0.85
-    """GPU engine: share of the GPU that vLLM may take (of the fraction given to the actor)."""
-    threads: Annotated[int, Field(ge=0)] = 0
-    """CPU engine: OpenMP threads; 0: all cores."""
-    cpus: Annotated[float, Field(gt=0)] = 1.0
-    """CPUs that each actor asks of Ray."""
-    gpus: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs that each actor asks of Ray; 0: one where there are two or more, half of one where there is one."""
-    enforce_eager: bool = True
-    start_timeout_s: PositiveFloat = 600.0
-    grader_workers: Positive = 1
-    grader_timeout_s: PositiveFloat = 5.0
-    fake_token_s: Annotated[float, Field(ge=0)] = 0.0
-    """fake engine: seconds that one token takes (all completions at once), asleep."""
-
-
-class WeightsConfig(Section):
-    kv: Literal["keep", "recompute"] = "keep"
-    """What running completions do with their keys and values at an update."""
-    chunk_mib: Positive = 8
-    window: Positive = 2
-
-
-class CheckpointConfig(Section):
-    every_steps: Annotated[int, Field(ge=0)] = 0
-    """0: only at the end and on interruption."""
-    keep: Positive = 2
-
-
-class WireConfig(Section):
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the work socket; 0: a free one. Bulk and news always take free ones."""
-    heartbeat_s: PositiveFloat = 1.0
-    dead_after_s: PositiveFloat = 15.0
-    """Silence after which an actor's leases are issued again."""
-    lost_learner_s: PositiveFloat = 120.0
-    """Silence after which an actor gives up and exits."""
-    max_frame_mib: Annotated[int, Field(ge=1, le=64)] = 64
-    journal_fsync: bool = False
-    """True: an acknowledged group survives the machine; False: it survives the process."""
-
-    @model_validator(mode="after")
-    def _loopback(self) -> WireConfig:
-        check_loopback(self.host)
-        if self.dead_after_s < 3 * self.heartbeat_s:
-            raise ValueError(
-                f"dead_after_s: found {self.dead_after_s}, allowed: at least 3 x heartbeat_s = {3 * self.heartbeat_s}"
-            )
-        return self
-
-
-def check_loopback(host: str) -> None:
-    """Raise ValueError unless `host` is a loopback address: sockets are not yet authenticated."""
-    numbers = host.split(".")
-    in_127 = numbers[0] == "127" and len(numbers) == 4 and all(number.isdecimal() for number in numbers)
-    if host not in LOOPBACK_HOSTS and not in_127:
-        raise ValueError(
-            f"host: found {host!r}, allowed: a loopback address ({', '.join(LOOPBACK_HOSTS)}). Sockets carry no keys"
-            " yet, so they are not opened to a network; use an SSH tunnel between machines"
-        )
-
-
 class Recipe(Section):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    method: Literal["grpo"] = "grpo"
+    method: Method = "grpo"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    steps: Positive = 15
+    steps: Annotated[int, Field(ge=0)] = DEFAULT_STEPS
+    """sft, dpo: at most so many updates; 0, there the default: as many as the epochs make."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GrpoConfig = GrpoConfig()
+    expert_iteration: ExpertIterationConfig = ExpertIterationConfig()
+    sft: SftConfig = SftConfig()
+    dpo: DpoConfig = DpoConfig()
     optim: OptimConfig = OptimConfig()
     warm_start: WarmStartConfig = WarmStartConfig()
     eval: EvalConfig = EvalConfig()
+    guard: GuardConfig = GuardConfig()
     learner: LearnerConfig = LearnerConfig()
     actor: ActorConfig = ActorConfig()
     weights: WeightsConfig = WeightsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     wire: WireConfig = WireConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_steps(cls, data: Any) -> Any:
+        """What runs over a data set runs over all of it, unless told otherwise; an evaluation trains nothing."""
+        if isinstance(data, dict) and data.get("method") in (*OFFLINE_METHODS, "eval"):
+            return {"steps": 0} | data
+        return data
+
     @model_validator(mode="after")
     def check(self) -> Recipe:
         """Refuse combinations that no single key shows."""
-        rollout = self.rollout
-        grpo = self.grpo
+        self._check_method()
+        if self.method == "grpo":
+            self._check_grpo()
+        self._check_sampling()
+        self._check_sizes()
+        return self
+
+    def _check_method(self) -> None:
+        if self.method in ROLLOUT_METHODS and not self.steps:
+            raise ValueError(f'steps: found 0, allowed with method = "{self.method}": 1 or more')
+        if self.method == "eval" and self.steps:
+            raise ValueError(f'steps: found {self.steps}, allowed with method = "eval": 0, it trains nothing')
+        if self.method == "eval" and not self.eval.prompts:
+            raise ValueError('eval.prompts: found 0, allowed with method = "eval": 1 or more')
+        if self.warm_start.examples and self.method not in ROLLOUT_METHODS:
+            raise ValueError(
+                f"warm_start.examples: found {self.warm_start.examples}, allowed with method = "
+                f'"{self.method}": 0, a warm start goes before {" or ".join(ROLLOUT_METHODS)}'
+            )
+        if self.rollout.dynamic_sampling and self.method != "grpo":
+            raise ValueError(
+                f'rollout.dynamic_sampling: found true with method = "{self.method}", allowed: with "grpo"'
+            )
+        if self.guard.policy == "rollback" and not self.checkpoint.every_steps:
+            raise ValueError(
+                'checkpoint.every_steps: found 0, allowed with guard.policy = "rollback": 1 or more, there must be'
+                " checkpoints to go back to"
+            )
+
+    def _check_grpo(self) -> None:
+        rollout, grpo = self.rollout, self.grpo
         if rollout.group_size < 2 and grpo.advantage not in ("none", "batch_normalized"):
             raise ValueError(
                 f"rollout.group_size: found {rollout.group_size}, allowed: at least 2 with grpo.advantage ="
                 f' "{grpo.advantage}" (a group of one has no baseline)'
             )
+        if rollout.group_size < 2 and rollout.dynamic_sampling:
+            raise ValueError("rollout.group_size: found 1, allowed with rollout.dynamic_sampling: at least 2")
         if (grpo.loss == "no_baseline") != (grpo.advantage == "none"):
             raise ValueError(
                 f'grpo.advantage: found "{grpo.advantage}" with grpo.loss = "{grpo.loss}", allowed: "none" (the raw'
@@ -261,6 +139,26 @@ class Recipe(Section):
                 f'grpo.loss: found "{grpo.loss}" with {updates} updates a step (optim.epochs x optim.minibatches),'
                 " allowed: 1, since it does not correct for the drift between them; the losses with a ratio do"
             )
+        if unclipped and grpo.proximal == "engine":
+            raise ValueError(f'grpo.proximal: found "engine" with grpo.loss = "{grpo.loss}", which has no ratio')
+        if grpo.importance_floor and grpo.importance_mode != "mask":
+            raise ValueError(
+                f"grpo.importance_floor: found {grpo.importance_floor}, allowed with importance_mode ="
+                f' "{grpo.importance_mode}": 0; "mask" has a lower bound'
+            )
+        if grpo.importance_floor and grpo.importance_floor >= grpo.importance_cap:
+            raise ValueError(
+                f"grpo.importance_floor: found {grpo.importance_floor}, allowed: less than importance_cap ="
+                f" {grpo.importance_cap}"
+            )
+        if grpo.overlong == "penalty" and not 0 < grpo.overlong_buffer <= rollout.max_tokens:
+            raise ValueError(
+                f'grpo.overlong_buffer: found {grpo.overlong_buffer}, allowed with overlong = "penalty": 1 to'
+                f" rollout.max_tokens = {rollout.max_tokens}"
+            )
+
+    def _check_sampling(self) -> None:
+        rollout = self.rollout
         biased = [k for k, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)) if getattr(rollout, k) != off]
         if biased and not rollout.accept_sampling_bias:
             raise ValueError(
@@ -277,6 +175,8 @@ class Recipe(Section):
                 f"actor.max_running: found {self.actor.max_running}, allowed: at least rollout.group_size ="
                 f" {rollout.group_size} (a group runs as a whole)"
             )
+
+    def _check_sizes(self) -> None:
         if self.weights.chunk_mib > self.wire.max_frame_mib:
             raise ValueError(
                 f"weights.chunk_mib: found {self.weights.chunk_mib}, allowed: at most wire.max_frame_mib ="
@@ -287,7 +187,11 @@ class Recipe(Section):
                 f"warm_start.batch_size: found {self.warm_start.batch_size}, allowed: at most warm_start.examples ="
                 f" {self.warm_start.examples}"
             )
-        return self
+
+    @property
+    def needs_actors(self) -> bool:
+        """Whether anything is to be drawn from the model at all."""
+        return self.method not in OFFLINE_METHODS or self.eval.prompts > 0
 
     @property
     def eval_sampling_tokens(self) -> int:
@@ -358,7 +262,7 @@ def changed_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
         return flat
 
     before, after = flatten(old.model_dump()), flatten(new.model_dump())
-    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    return {key: (before.get(key), after.get(key)) for key in before | after if before.get(key) != after.get(key)}
 
 
 def check_resumable(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:

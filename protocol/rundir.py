@@ -62,6 +62,16 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def reference(self) -> Path:
+        """Weights of the reference policy, where the method has one."""
+        return self.path / "reference.safetensors"
+
+    @property
+    def abandoned_metrics(self) -> Path:
+        """Rows of metrics.jsonl whose steps a rollback has given up."""
+        return self.path / "metrics-abandoned.jsonl"
+
+    @property
     def eval(self) -> Path:
         return self.path / "eval"
 

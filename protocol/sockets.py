@@ -20,7 +20,6 @@ import zmq
 import zmq.asyncio
 
 from protocol import codec
-from protocol.config import check_loopback
 from protocol.errors import DeadlineExceeded, OversizedFrame, UnknownVersion, WeightsError, WireError
 from protocol.messages import (
     PROTOCOL_VERSION,
@@ -32,6 +31,7 @@ from protocol.messages import (
     Message,
     Refused,
 )  # fmt: skip
+from protocol.sections import check_loopback
 from protocol.weights import Snapshot, check_manifest, chunk_ranges
 
 log = logging.getLogger(__name__)

@@ -53,14 +53,22 @@ def manifest_digest(manifest: Manifest) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
 
 
-def make_snapshot(version: int, step: int, specs: tuple[TensorSpec, ...], data: memoryview) -> Snapshot:
+def make_snapshot(
+    version: int, step: int, specs: tuple[TensorSpec, ...], data: memoryview, branch: int = 0
+) -> Snapshot:
     """Digest every tensor of a flat buffer laid out by `layout` and wrap it up. Takes about 0.1 s a gigabyte."""
     digested = tuple(
         msgspec.structs.replace(spec, digest=tensor_digest(data[spec.offset : spec.offset + nbytes(spec)]))
         for spec in specs
     )
     manifest = Manifest(
-        version=version, step=step, tensors=digested, total_bytes=len(data), sent_bytes=len(data), digest=""
+        version=version,
+        step=step,
+        branch=branch,
+        tensors=digested,
+        total_bytes=len(data),
+        sent_bytes=len(data),
+        digest="",
     )
     return Snapshot(msgspec.structs.replace(manifest, digest=manifest_digest(manifest)), data)
 

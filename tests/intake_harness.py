@@ -12,20 +12,25 @@ from learner.intake.dispatcher import Dispatcher
 from learner.intake.journal import Journal
 from learner.intake.server import IntakeServer
 from learner.intake.source import Source
-from protocol.config import WireConfig
 from protocol.messages import Sampling, Ticket, TicketId, Welcome
+from protocol.sections import WireConfig
 from protocol.sockets import Hub
 from protocol.weights import layout, make_snapshot
 
 GROUP_SIZE = 2
 
 
-def make_ticket(index: int) -> Ticket:
+def make_ticket(index: int, branch: int = 0) -> Ticket:
     """Train ticket of an index, as a recipe would make it."""
     return Ticket(
-        id=TicketId(0, index), kind="train", attempt=1, prompt_ids=(1, 2, index), answer="7", grader="integer",
+        id=TicketId(branch, index), kind="train", attempt=1, prompt_ids=(1, 2, index), answer="7", grader="integer",
         group_size=GROUP_SIZE, sampling=Sampling(max_tokens=6), seed=index, min_version=1,
     )  # fmt: skip
+
+
+def ticket_of(ticket_id: TicketId) -> Ticket:
+    """What a dispatcher asks for."""
+    return make_ticket(ticket_id.index, ticket_id.epoch)
 
 
 class Intake:
@@ -50,7 +55,7 @@ class Intake:
         """`version`: the last one of an earlier process of this run, whose actors may be alive."""
         self.hub = Hub("127.0.0.1", port)
         self.dispatcher = Dispatcher(
-            make_ticket, groups_per_step=groups_per_step, max_lag=max_lag, steps=steps, max_attempts=max_attempts
+            ticket_of, groups_per_step=groups_per_step, max_lag=max_lag, steps=steps, max_attempts=max_attempts
         )
         self.journal = Journal(directory / "groups.journal")
         welcome = Welcome(

@@ -16,7 +16,8 @@ import pytest
 
 from protocol import codec, weights
 from protocol import messages as m
-from protocol.config import RESUMABLE_KEYS, Recipe, Section
+from protocol.config import RESUMABLE_KEYS, Recipe
+from protocol.sections import Section
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("protocol", "actor", "learner", "deploy")

@@ -32,7 +32,7 @@ ONLY_IN = {
 
 NEVER = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
-LIGHT = ("protocol", "learner/intake", "actor/rewards.py", "actor/grading.py", "actor/grading_worker.py")
+LIGHT = ("protocol", "learner/intake", "actor/rewards", "actor/grading.py", "actor/grading_worker.py")
 """Where no heavy module may be imported at module level."""
 HEAVY = {"torch", "vllm", "ray", "transformers"}
 

@@ -1,7 +1,8 @@
 """The task as the learner sees it: tokenized examples by number, in an order that depends on the seed alone.
 
 `load_task` is called once, by the learner's `__main__` (and by the preflight check, for its errors); the dispatcher
-then asks for `train(0), train(1), …` as it issues tickets. Knows no ticket, actor or tensor.
+then asks for `train(0), train(1), …` as it issues tickets, and the methods that learn from a data set for its pairs.
+Knows no ticket, actor or tensor.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from typing import Any
 
 import xxhash
 
+from learner.intake import pairs
+from learner.intake.arithmetic import largest_sum, make_arithmetic
+from learner.intake.gym import make_reasoning_gym
 from learner.intake.jsonl import read_jsonl_task
-from learner.intake.problems import Problem, ProblemSet, make_arithmetic, make_sum
+from learner.intake.problems import Problem, ProblemSet
 from learner.intake.prompts import Prompter
 from learner.intake.shuffle import permuted
-from protocol.config import Recipe
+from learner.intake.templates import PromptTemplate, load_template
+from protocol.config import OFFLINE_METHODS, ROLLOUT_METHODS, Recipe
 from protocol.errors import RecipeError
 
 log = logging.getLogger(__name__)
@@ -37,18 +42,31 @@ class Example:
     prompt_ids: tuple[int, ...]
     """Token ids of the whole prompt, special tokens included."""
     answer: str
+    """The reference, as the grader gets it."""
     solution: str = ""
     """A response to demonstrate, without the end of the turn; "": there is none."""
+    answer_text: str = ""
+    """The reference for people, where it is another; see `shown_answer`."""
+
+    @property
+    def shown_answer(self) -> str:
+        """The reference as people read it."""
+        return self.answer_text or self.answer
 
 
 class Task:
     """Examples to train on, without end, and the two fixed lists: held out and demonstrated."""
 
-    def __init__(self, recipe: Recipe, problems: ProblemSet, prompter: Prompter) -> None:
+    def __init__(
+        self, recipe: Recipe, problems: ProblemSet, prompter: Prompter, template: PromptTemplate | None = None
+    ) -> None:
         self._seed = recipe.seed
         self._problems = problems
         self._prompter = prompter
+        self._template = template
         self._cached_example = lru_cache(_CACHED_EXAMPLES)(lambda item: self._example(problems.train[item]))
+        self._sft_pairs = pairs.sft_pairs(problems.train, prompter)
+        self._preference_pairs = pairs.preference_pairs(problems.train, prompter)
         self.heldout = [self._example(problem) for problem in problems.heldout]
         self.demonstrations = [self._example(problem) for problem in problems.demonstrations]
 
@@ -68,46 +86,77 @@ class Task:
         number, place = divmod(index, self.train_size)
         return self._cached_example(permuted(place, self.train_size, f"train/{self._seed}/{number}"))
 
-    def demonstration_tokens(self, example: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def sft_pairs(self) -> Sequence[pairs.Pair]:
+        """(prompt ids, response ids) of every training problem that has a solution, in the order of the data set.
+
+        Tokenized on access; of a generated task there may be more than fit into memory.
+        """
+        return self._sft_pairs
+
+    def preference_pairs(self) -> Sequence[pairs.Preference]:
+        """(prompt ids, chosen ids, rejected ids) of every training problem that has them, likewise."""
+        return self._preference_pairs
+
+    def demonstration_tokens(self, example: Example) -> pairs.Pair:
         """(prompt ids, response ids) for supervised training; the response ends with the end of the turn."""
         return example.prompt_ids, self._prompter.response_ids(example.solution)
 
-    def fingerprint(self) -> str:
-        """xxh3-128, hexadecimal, of the problems, their split and the held-out prompts' tokens.
+    def text(self, ids: tuple[int, ...]) -> str:
+        """What the model sees, as text with its special tokens: for people."""
+        return self._prompter.text(ids)
 
-        A resumed run compares it with its checkpoint's: another one means that the data, the seed, the chat template
-        or the tokenizer has changed.
+    def fingerprint(self) -> str:
+        """xxh3-128, hexadecimal, of the problems, their split, the prompt template and the held-out prompts' tokens.
+
+        A resumed run compares it with its checkpoint's: another one means that the data, the seed, a template or the
+        tokenizer has changed.
         """
         hasher = xxhash.xxh3_128(f"{self._problems.digest} {self._seed} {self.train_size}\n".encode())
-        for example in [*self.heldout, *self.demonstrations, self.train(0)]:
+        if self._template:
+            hasher.update(f"{self._template.text!r}\n".encode())
+        first = [self.train(0)] if self.train_size else []
+        for example in [*self.heldout, *self.demonstrations, *first]:
             hasher.update(f"{example.prompt_ids} {example.answer!r} {example.solution!r}\n".encode())
         return hasher.hexdigest()
 
     def _example(self, problem: Problem) -> Example:
-        return Example(problem.text, self._prompter.prompt_ids(problem.prompt), problem.answer, problem.solution)
+        ids = self._prompter.prompt_ids(problem.prompt)
+        return Example(problem.text, ids, problem.answer, problem.solution, problem.answer_text)
 
 
 def load_task(recipe: Recipe, tokenizer: Any) -> Task:
     """Read or make the task's problems and tokenize them with the model's tokenizer (of transformers).
 
     Raises RecipeError for a file that is missing or wrong, for more held-out problems or demonstrations than there
-    are, and for prompts that leave no room for a completion: nothing is ever cut.
+    are, for a method that finds nothing to learn from, and for prompts that leave no room for a completion: nothing is
+    ever cut.
     """
-    problems = make_arithmetic(recipe) if recipe.task.name == "arithmetic" else read_jsonl_task(recipe)
-    prompter = Prompter(tokenizer, recipe.task.system_prompt)
-    problems = _without_heldout_prompts(problems, prompter) if recipe.task.name == "jsonl" else problems
-    task = Task(recipe, problems, prompter)
+    template = load_template(recipe.task.template)
+    problems = _problems(recipe)
+    prompter = Prompter(tokenizer, recipe.task.system_prompt, template)
+    if recipe.task.name != "arithmetic" and recipe.method != "eval":
+        problems = _without_heldout_prompts(problems, prompter)
+    task = Task(recipe, problems, prompter, template)
+    _check_pairs(recipe, task)
     _check_lengths(recipe, task, problems, prompter)
     return task
+
+
+def _problems(recipe: Recipe) -> ProblemSet:
+    if recipe.task.name == "arithmetic":
+        return make_arithmetic(recipe)
+    return make_reasoning_gym(recipe) if recipe.task.name == "reasoning_gym" else read_jsonl_task(recipe)
 
 
 def _without_heldout_prompts(problems: ProblemSet, prompter: Prompter) -> ProblemSet:
     """The problem set without training problems and demonstrations whose prompt is a held-out one to the model.
 
-    What counts is the token ids: a text and a list with one message of a user are the same prompt.
+    What counts is the token ids: a system message may stand in a record or in the recipe. They are looked at where the
+    last message is a held-out one's.
     """
     heldout = {prompter.prompt_ids(problem.prompt) for problem in problems.heldout}
-    train = [problem for problem in problems.train if prompter.prompt_ids(problem.prompt) not in heldout]
+    asked = {problem.asked[-1] for problem in problems.heldout}
+    train = [p for p in problems.train if p.asked[-1] not in asked or prompter.prompt_ids(p.prompt) not in heldout]
     if len(train) == len(problems.train):
         return problems
     log.warning("%d problems left out of training, their prompts are held out", len(problems.train) - len(train))
@@ -119,22 +168,44 @@ def _without_heldout_prompts(problems: ProblemSet, prompter: Prompter) -> Proble
     return dataclasses.replace(problems, train=train)
 
 
+def _check_pairs(recipe: Recipe, task: Task) -> None:
+    """Raise RecipeError if a method that learns from a data set has nothing to learn from."""
+    names = {"sft": "prompt and solution", "dpo": "prompt, chosen and rejected"}
+    found = {"sft": task.sft_pairs, "dpo": task.preference_pairs}
+    if recipe.method not in found or len(found[recipe.method]()):
+        return
+    where = recipe.task.train or recipe.task.dataset
+    raise RecipeError(
+        f"task.train: found none of {task.train_size} records ({recipe.task.name} {where}) to learn from, allowed with"
+        f' method = "{recipe.method}": records with {names[recipe.method]} (task.fields says what they are called)'
+    )
+
+
 def _check_lengths(recipe: Recipe, task: Task, problems: ProblemSet, prompter: Prompter) -> None:
-    """Raise RecipeError if a prompt and its completion, or a demonstration, do not fit into the context."""
+    """Raise RecipeError if a prompt and its completion, or a response to learn from, do not fit into the context."""
     room = recipe.model.max_model_len
-    prompts = [len(prompter.prompt_ids(problem.prompt)) for problem in _bounding_problems(recipe, problems)]
+    if recipe.method in ROLLOUT_METHODS:
+        prompts = [len(prompter.prompt_ids(problem.prompt)) for problem in _bounding_problems(recipe, problems)]
+        _check_fit(prompts, room, recipe.rollout.max_tokens, "training prompts")
     heldout = [len(example.prompt_ids) for example in task.heldout]
-    demonstrations = [sum(map(len, task.demonstration_tokens(example))) for example in task.demonstrations]
-    _check_fit(prompts, room, recipe.rollout.max_tokens, "training prompts")
     _check_fit(heldout, room, recipe.eval_sampling_tokens, "held-out prompts")
+    demonstrations = [sum(map(len, task.demonstration_tokens(example))) for example in task.demonstrations]
     _check_fit(demonstrations, room, 0, "demonstrations")
+    if recipe.method in OFFLINE_METHODS:
+        bounding = _bounding_problems(recipe, problems)
+        learned: Sequence[tuple[pairs.Ids, ...]] = (
+            pairs.sft_pairs(bounding, prompter)
+            if recipe.method == "sft"
+            else pairs.preference_pairs(bounding, prompter)
+        )
+        lengths = [len(prompt) + max(map(len, responses)) for prompt, *responses in learned]
+        _check_fit(lengths, room, 0, "pairs of prompt and response")
 
 
 def _bounding_problems(recipe: Recipe, problems: ProblemSet) -> Sequence[Problem]:
     """All training problems; of a generated task the one with the longest text, and as many as one can look at."""
     if recipe.task.name == "arithmetic":
-        largest = recipe.task.max_operand
-        return [make_sum(largest, largest), *problems.train[:_GENERATED_LENGTHS_CHECKED]]
+        return [largest_sum(recipe), *problems.train[:_GENERATED_LENGTHS_CHECKED]]
     return problems.train
 
 

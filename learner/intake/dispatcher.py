@@ -8,6 +8,9 @@ transition ends in `check`: each train ticket ever issued is in exactly one stat
 where "leased" includes tickets that wait to be issued again. Staleness is bounded by admission: live tickets (leased,
 queued, in training) never exceed (max_lag + 1) x groups_per_step, and a ticket for step s may only begin on weights of
 step s - max_lag or later. Evaluation tickets have a ledger of their own (epochs below zero).
+
+The epoch of a train ticket is the branch of the run. `roll_back` opens a new one: what lies behind the checkpoint is
+"abandoned" and issued again under ids of the new branch, so that nothing of the old one can answer for it.
 """
 
 from __future__ import annotations
@@ -22,12 +25,22 @@ import msgspec
 
 from protocol.messages import Group, Ticket, TicketId
 
-TRAIN_EPOCH = 0
+FIRST_BRANCH = 0
+TICKET_STATES = (
+    "issued", "trained", "filtered", "failed", "dropped", "abandoned", "in_training", "queued", "leased", "duplicates",
+    "reissued",
+)  # fmt: skip
+"""What `Dispatcher.counts` counts."""
 MISSED_BEATS = 2
 """Heartbeats in a row that do not list a lease until it is issued again."""
 
-TicketMaker = Callable[[int], Ticket]
-"""Ticket for a train index; the dispatcher fills in attempt and min_version."""
+TicketMaker = Callable[[TicketId], Ticket]
+"""The train ticket of an id; the dispatcher fills in attempt and min_version."""
+
+
+def is_train(ticket_id: TicketId) -> bool:
+    """Evaluation tickets have epochs below zero."""
+    return ticket_id.epoch >= FIRST_BRANCH
 
 
 @dataclass
@@ -93,9 +106,26 @@ class Dispatcher:
     """Tickets of a run. Not thread-safe."""
 
     def __init__(
-        self, make_ticket: TicketMaker, *, groups_per_step: int, max_lag: int, steps: int, max_attempts: int
+        self,
+        make_ticket: TicketMaker,
+        *,
+        groups_per_step: int,
+        max_lag: int,
+        steps: int,
+        max_attempts: int,
+        is_filtered: Callable[[Group], bool] = lambda _: False,
+        max_filtered_per_step: int = 0,
     ) -> None:
+        """`is_filtered`: whether a group is worth nothing, so that another prompt takes its place (dynamic sampling);
+        answered so at most `max_filtered_per_step` times for one step."""
         self.make_ticket = make_ticket
+        self.is_filtered = is_filtered
+        self.max_filtered_per_step = max_filtered_per_step
+        self.filtered_groups: list[Group] = []
+        """Those filtered since the last batch was taken."""
+        self.filtered_before: list[Group] = []
+        """Those filtered between the batch in hand and the one before."""
+        self.branch = FIRST_BRANCH
         self.groups_per_step = groups_per_step
         self.max_lag = max_lag
         self.steps = steps
@@ -108,6 +138,10 @@ class Dispatcher:
         """Step whose weights a version carries, for every version that a group may name."""
         self.training_enabled = False
         """Train tickets are issued only between `resume_training` and the end: evaluations want idle engines."""
+        self.eval_pinned = True
+        """Every token of the evaluation must be of one version."""
+        self.eval_share = 1.0
+        """Leases that an evaluation beside training may have, of all."""
         self.train, self.eval = Ledger(), Ledger()
         self.in_training: dict[TicketId, Group] = {}
         self._replay: dict[int, Group] = {}
@@ -127,13 +161,23 @@ class Dispatcher:
         """Next ticket for an actor whose engine serves `version`; None if there is none for it now."""
         if version <= 0:
             return None
-        ticket = self.eval.issue(actor, version, now)
-        if ticket is None and self.training_enabled:
-            ticket = self.train.issue(actor, version, now)
-            while ticket is None and self._may_admit():
-                self._admit()
-                ticket = self.train.issue(actor, version, now)
+        kinds = [self._issue_eval, self._issue_train]
+        if self.training_enabled and len(self.eval.leased) >= self.eval_share * (len(self.holders()) + 1):
+            kinds.reverse()  # the evaluation has its share: it takes what training leaves
+        ticket = kinds[0](actor, version, now) or kinds[1](actor, version, now)
         self.check()
+        return ticket
+
+    def _issue_eval(self, actor: str, version: int, now: float) -> Ticket | None:
+        return self.eval.issue(actor, version, now)
+
+    def _issue_train(self, actor: str, version: int, now: float) -> Ticket | None:
+        if not self.training_enabled:
+            return None
+        ticket = self.train.issue(actor, version, now)
+        while ticket is None and self._may_admit():
+            self._admit()
+            ticket = self.train.issue(actor, version, now)
         return ticket
 
     def live(self) -> int:
@@ -153,14 +197,22 @@ class Dispatcher:
 
     def _open(self, index: int, min_version: int) -> None:
         """Make a ticket live: to be issued, or queued at once if the journal of an earlier process has its group."""
-        ticket_id = TicketId(TRAIN_EPOCH, index)
+        ticket_id = TicketId(self.branch, index)
         group = self._replay.pop(index, None)
         if group is not None:
             self.train.queued[ticket_id] = group
+            self._filter(group)
         elif index in self._replay_failed:
             self.train.failed[ticket_id] = self._replay_failed.pop(index)
         else:
-            self.train.waiting.append(msgspec.structs.replace(self.make_ticket(index), min_version=min_version))
+            self.train.waiting.append(msgspec.structs.replace(self.make_ticket(ticket_id), min_version=min_version))
+
+    def _filter(self, group: Group) -> None:
+        """Dynamic sampling: free the slot of a queued group that is worth nothing, so that another is admitted."""
+        if is_train(group.id) and len(self.filtered_groups) < self.max_filtered_per_step and self.is_filtered(group):
+            del self.train.queued[group.id]
+            self.filtered += 1
+            self.filtered_groups.append(group)
 
     def receive(self, group: Group) -> bool:
         """Take in a journaled group. False: duplicate, late or unknown; acknowledge it and forget it."""
@@ -168,6 +220,7 @@ class Dispatcher:
         self.duplicates += not accepted
         if accepted:
             self.failed_in_a_row = 0
+            self._filter(group)
         self.check()
         return accepted
 
@@ -191,7 +244,7 @@ class Dispatcher:
                 self.reissued += 1
             else:
                 self.newly_failed.append((ticket_id, why))
-                self.failed_in_a_row += bool(attempt) and ticket_id.epoch == TRAIN_EPOCH
+                self.failed_in_a_row += bool(attempt) and is_train(ticket_id)
         self.check()
 
     def beat(self, actor: str, listed: Iterable[TicketId]) -> list[TicketId]:
@@ -246,8 +299,13 @@ class Dispatcher:
             return None
         batch = [self.train.queued.pop(ticket_id) for ticket_id in ids]
         self.in_training = {group.id: group for group in batch}
+        self.filtered_before, self.filtered_groups = self.filtered_groups, []
         self.check()
         return batch
+
+    def holds(self, index: int) -> bool:
+        """Whether the group of a train index is here and not taken yet: a checkpoint's replay must find it."""
+        return TicketId(self.branch, index) in self.train.queued or index in self._replay
 
     def missing(self) -> list[TicketId]:
         """What `take` waits for."""
@@ -280,7 +338,11 @@ class Dispatcher:
         return self._steps.get(version)
 
     def oldest_step(self, ticket_id: TicketId) -> int:
-        """Least training steps behind the weights of a train ticket's tokens, by max_lag and its place in line."""
+        """Least training steps behind the weights of a ticket's tokens: by max_lag and its place in line; what an
+        evaluation asked for."""
+        if not is_train(ticket_id):
+            ticket = self.wanted(ticket_id)
+            return (self.step_of(ticket.min_version) or 0) if ticket else 0
         place = sum(open_id < ticket_id for open_id in self._open_ids())
         return max(0, self.step + (len(self.in_training) + place) // self.groups_per_step - self.max_lag)
 
@@ -289,11 +351,14 @@ class Dispatcher:
         fitting = [version for published, version in self.step_versions.items() if published >= step]
         return min(fitting, default=max(self.step_versions.values(), default=1))
 
-    def start_evaluation(self, tickets: list[Ticket]) -> None:
-        """Queue evaluation tickets ahead of all others."""
+    def start_evaluation(self, tickets: list[Ticket], pinned: bool = True, share: float = 1.0) -> None:
+        """Queue evaluation tickets. While training goes on they get `share` of the leases, and what is left over.
+
+        `pinned`: groups must be of exactly the tickets' `min_version`; otherwise that one or later."""
         assert not len(self.eval), "one evaluation at a time"
-        assert all(ticket.id.epoch < 0 and ticket.kind == "eval" for ticket in tickets)
+        assert all(not is_train(ticket.id) and ticket.kind == "eval" for ticket in tickets)
         self.eval = Ledger(waiting=deque(tickets))
+        self.eval_pinned, self.eval_share = pinned, share
 
     def finish_evaluation(self) -> tuple[list[Group], dict[TicketId, str]] | None:
         """Groups in ticket order and failures, once no ticket of the evaluation is open; else None."""
@@ -306,12 +371,12 @@ class Dispatcher:
     # --- accounting ---
 
     def _ledger(self, ticket_id: TicketId) -> Ledger:
-        return self.eval if ticket_id.epoch < 0 else self.train
+        return self.train if is_train(ticket_id) else self.eval
 
     def counts(self) -> dict[str, int]:
         """The `tickets` field of summary.json."""
         return {
-            "issued": self.next_index,
+            "issued": self.next_index + self.abandoned,
             "trained": self.trained,
             "filtered": self.filtered,
             "failed": len(self.train.failed),
@@ -338,6 +403,7 @@ class Dispatcher:
         assert not self.in_training, "checkpoints are taken between steps"
         unfinished = sorted(self._open_ids())
         return {
+            "branch": self.branch,
             "step": self.step,
             "next_index": self.next_index,
             "unfinished": [ticket_id.index for ticket_id in unfinished],
@@ -367,18 +433,40 @@ class Dispatcher:
         weights of `version` or later. Later tickets, of steps that are lost now, are admitted again one by one; those
         whose group was journaled need no actor.
         """
-        self.step, self.next_index = state["step"], state["next_index"]
-        for name in ("trained", "filtered", "dropped", "abandoned", "duplicates", "reissued"):
-            setattr(self, name, state[name])
-        self.train.failed = {TicketId(TRAIN_EPOCH, int(index)): why for index, why in state["failed"].items()}
-        self.step_versions = {self.step: version}
-        self._steps = {old: step for old, step in versions.items() if step <= self.step} | {version: self.step}
+        self._take_up(state, state.get("branch", FIRST_BRANCH), version, versions)
         open_ = set(state["unfinished"])
-        known = {group.id.index: group for group in journaled if group.id.epoch == TRAIN_EPOCH}
+        known = {group.id.index: group for group in journaled if group.id.epoch == self.branch}
         self._replay = {i: group for i, group in known.items() if i in open_ or i >= self.next_index}
-        self._replay_failed = {id_.index: why for id_, why in failed if id_.epoch == TRAIN_EPOCH}
+        self._replay_failed = {id_.index: why for id_, why in failed if id_.epoch == self.branch}
         replayed = list(self._replay)
         for index in state["unfinished"]:
             self._open(index, version)
         self.check()
         return replayed
+
+    def roll_back(self, state: dict[str, Any], branch: int, version: int) -> None:
+        """Go back to a checkpoint's `state` on a new branch; `version` will carry its weights.
+
+        Every ticket issued since, and every one that was unfinished then, counts as abandoned, whatever became of it,
+        and is issued again under an id of the new branch. A running evaluation is given up: its tickets name versions
+        of the old branch.
+        """
+        finished = sum(state[name] for name in ("trained", "filtered", "dropped")) + len(state["failed"])
+        abandoned = self.next_index + self.abandoned - finished
+        duplicates, reissued = self.duplicates, self.reissued
+        self.train, self.eval, self.in_training = Ledger(), Ledger(), {}
+        self._replay, self._replay_failed, self.newly_failed, self.filtered_groups = {}, {}, [], []
+        self._take_up(state, branch, version, self._steps)
+        self.abandoned, self.duplicates, self.reissued = abandoned, duplicates, reissued
+        for index in state["unfinished"]:
+            self._open(index, version)
+        self.check()
+
+    def _take_up(self, state: dict[str, Any], branch: int, version: int, versions: Mapping[int, int]) -> None:
+        """The counters of a checkpoint; `version` carries its weights, later ones than its step are lost."""
+        self.branch, self.step, self.next_index = branch, state["step"], state["next_index"]
+        for name in ("trained", "filtered", "dropped", "abandoned", "duplicates", "reissued"):
+            setattr(self, name, state[name])
+        self.train.failed = {TicketId(branch, int(index)): why for index, why in state["failed"].items()}
+        self.step_versions = {self.step: version}
+        self._steps = {old: step for old, step in versions.items() if step <= self.step} | {version: self.step}

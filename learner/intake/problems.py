@@ -1,16 +1,15 @@
-"""The problems of a task and their split: held out, demonstrated, trained on; and the generated task "arithmetic".
+"""Problems and their split: held out, demonstrated, trained on. Text only; `data.py` makes tokens of it.
 
-Text only: `data.py` makes tokens of it, `jsonl.py` reads problems from files. Held-out problems are never trained on
-and never demonstrated. Demonstrations (the warm start's) come out of the training problems and are trained on like the
-others.
+Held-out problems are never trained on and never demonstrated. Demonstrations (the warm start's) come out of the
+training problems and are trained on like the others. Called by the modules that read or generate a task's problems.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isqrt
-from typing import overload
 
 import xxhash
 
@@ -18,18 +17,26 @@ from learner.intake.shuffle import permuted
 from protocol.config import Recipe
 from protocol.errors import RecipeError
 
+logger = logging.getLogger(__name__)
+
 Message = Mapping[str, str]
 """One chat message: "role" and "content"."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt and its reference answer."""
+    """One prompt and what is known about good responses to it."""
 
     prompt: str | tuple[Message, ...]
     answer: str
+    """The reference as the grader gets it; "": there is none, the problem cannot be graded."""
     solution: str = ""
     """The response to demonstrate, final answer included; "": there is none."""
+    answer_text: str = ""
+    """The reference for people, where the grader's is not for them; "": it is `answer`."""
+    chosen: str = ""
+    rejected: str = ""
+    """A preference: of two responses the better and the worse one; "": there is none."""
 
     @property
     def text(self) -> str:
@@ -37,6 +44,12 @@ class Problem:
         if isinstance(self.prompt, str):
             return self.prompt
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
+
+    @property
+    def asked(self) -> tuple[tuple[str, str], ...]:
+        """What is asked, whatever its form: (role, content) of each message, white space evened out."""
+        messages = ({"role": "user", "content": self.prompt},) if isinstance(self.prompt, str) else self.prompt
+        return tuple((message["role"], " ".join(message["content"].split())) for message in messages)
 
 
 @dataclass(frozen=True)
@@ -50,66 +63,55 @@ class ProblemSet:
     """xxh3-128 of everything the problems were made of, hexadecimal."""
 
 
-class ArithmeticPairs(Sequence[Problem]):
-    """ "What is a + b?" for the unordered pairs {a, b} at places `first` and later of the split's permutation.
+def demonstration(reasoning: str, answer: str, plain: str, solution_format: str) -> str:
+    """A response to demonstrate: `plain`, or reasoning and answer between the tags of R1-Zero."""
+    if solution_format == "plain":
+        return plain
+    thought = f"<think> {reasoning} </think>" if reasoning else "<think> </think>"
+    return f"{thought} <answer> {answer} </answer>"
 
-    Place p of a pair gives items 2 p (the smaller operand first) and 2 p + 1 (the larger first).
+
+def split_problems(
+    recipe: Recipe, train: Sequence[Problem], apart: Sequence[Problem] | None, key: str, found: str
+) -> ProblemSet:
+    """`eval.prompts` held-out problems out of `apart`, or split off `train` by seed; demonstrations out of the rest.
+
+    A prompt that is held out is taken out of the training problems wherever it appears again, also as a list with one
+    message or with other white space; `data.py` looks once more, at the tokens. Of `apart` every prompt is held out,
+    drawn or not. Errors name `key`, the recipe's for the training problems, and what was `found` there.
     """
-
-    def __init__(self, max_operand: int, seed: int, first: int, response_is_answer: bool) -> None:
-        self._pairs = count_pairs(max_operand)
-        self._first = first
-        self._key = f"arithmetic/{seed}/split"
-        self._response_is_answer = response_is_answer
-
-    def __len__(self) -> int:
-        return 2 * (self._pairs - self._first)
-
-    @overload
-    def __getitem__(self, item: int) -> Problem: ...
-    @overload
-    def __getitem__(self, item: slice) -> Sequence[Problem]: ...
-    def __getitem__(self, item: int | slice) -> Problem | Sequence[Problem]:
-        if isinstance(item, slice):
-            return [self[i] for i in range(*item.indices(len(self)))]
-        if not 0 <= item < len(self):
-            raise IndexError(f"item: found {item}, allowed: 0..{len(self) - 1}")
-        a, b = unordered_pair(permuted(self._first + item // 2, self._pairs, self._key))
-        return make_sum(*((b, a) if item % 2 else (a, b)), self._response_is_answer)
-
-    def one_of_each(self, count: int) -> tuple[Problem, ...]:
-        """The first `count` pairs, every other one turned round."""
-        return tuple(self[2 * place + place % 2] for place in range(count))
-
-
-def make_sum(a: int, b: int, response_is_answer: bool = False) -> Problem:
-    """The response to demonstrate restates the sum, unless the grader wants the bare answer."""
-    answer = str(a + b)
-    return Problem(f"What is {a} + {b}?", answer, answer if response_is_answer else f"{a} + {b} = {answer}")
-
-
-def make_arithmetic(recipe: Recipe) -> ProblemSet:
-    """Sums of two operands. A pair is held out as an unordered one: with 3 + 4 goes 4 + 3."""
-    task, heldout, demonstrated = recipe.task, recipe.eval.prompts, recipe.warm_start.examples
-    pairs = count_pairs(task.max_operand)
-    if heldout + demonstrated > pairs or heldout == pairs:
+    wanted, seed = recipe.eval.prompts, recipe.seed
+    candidates = [problem for problem in (train if apart is None else apart) if problem.answer]
+    if wanted > len(candidates):
+        where = key if apart is None else "task.heldout"
         raise RecipeError(
-            f"task.max_operand: found {task.max_operand}, which makes {pairs} pairs of operands, allowed: enough for"
-            f" eval.prompts = {heldout} + warm_start.examples = {demonstrated} different pairs, and one to train on"
+            f"eval.prompts: found {wanted}, allowed: at most the {len(candidates)} problems of {where} that have an"
+            " answer"
         )
-    exact = task.grader == "exact"
-    everything = ArithmeticPairs(task.max_operand, recipe.seed, 0, exact)
-    train = ArithmeticPairs(task.max_operand, recipe.seed, heldout, exact)
-    digest = xxhash.xxh3_128_hexdigest(f"arithmetic {task.max_operand} {task.grader}".encode())
-    return ProblemSet(train, everything.one_of_each(heldout), train.one_of_each(demonstrated), digest)
+    heldout = _draw(candidates, wanted, f"jsonl/{seed}/heldout")
+    unseen = {problem.asked for problem in (heldout if apart is None else apart)}
+    kept = [problem for problem in train if problem.asked not in unseen]
+    if repeated := len(train) - len(kept) - (wanted if apart is None else 0):
+        logger.warning("%s: %d problems left out of training, their prompts are held out", found, repeated)
+    if not kept and recipe.method != "eval":
+        raise RecipeError(f"{key}: found {found}, all of whose {len(train)} prompts are held out; allowed: others too")
+    solved = [problem for problem in kept if problem.solution]
+    if recipe.warm_start.examples > len(solved):
+        raise RecipeError(
+            f"warm_start.examples: found {recipe.warm_start.examples}, allowed: at most the {len(solved)} problems of"
+            f' {found} with a "solution" that are not held out'
+        )
+    demonstrations = _draw(solved, recipe.warm_start.examples, f"jsonl/{seed}/demonstrations")
+    return ProblemSet(kept, heldout, demonstrations, digest([*train, *(apart or [])]))
 
 
-def count_pairs(max_operand: int) -> int:
-    """Unordered pairs of operands 0..max_operand."""
-    return (max_operand + 1) * (max_operand + 2) // 2
+def digest(problems: Sequence[Problem]) -> str:
+    """xxh3-128 of everything in these problems, in their order."""
+    hasher = xxhash.xxh3_128()
+    for problem in problems:
+        hasher.update(json.dumps(vars(problem), sort_keys=True).encode() + b"\n")
+    return hasher.hexdigest()
 
 
-def unordered_pair(rank: int) -> tuple[int, int]:
-    """The pair a <= b at this place of (0, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 2), (0, 3), …"""
-    b = (isqrt(8 * rank + 1) - 1) // 2
-    return rank - b * (b + 1) // 2, b
+def _draw(problems: Sequence[Problem], count: int, key: str) -> tuple[Problem, ...]:
+    return tuple(problems[permuted(place, len(problems), key)] for place in range(count))

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from learner.intake.dispatcher import TRAIN_EPOCH, Dispatcher
+from learner.intake.dispatcher import Dispatcher, is_train
 from learner.intake.journal import Journal
-from protocol.config import WireConfig
 from protocol.messages import (
     Ack,
     Beat,
@@ -37,6 +36,7 @@ from protocol.messages import (
     TicketId,
     Welcome,
 )  # fmt: skip
+from protocol.sections import WireConfig
 from protocol.sockets import FaultCounter, Hub
 from protocol.weights import Snapshot
 
@@ -101,12 +101,18 @@ class ActorTotals:
 
 
 def unlike(
-    group: Group, ticket: Ticket, vocabulary: int, step_of: Callable[[int], int | None], oldest_step: int
+    group: Group,
+    ticket: Ticket,
+    vocabulary: int,
+    step_of: Callable[[int], int | None],
+    oldest_step: int,
+    pinned: bool = True,
 ) -> str:
     """What in a group does not answer its ticket; "" if all of it does.
 
     `step_of(version)`: training steps behind a version that was announced and not lost with a crash, else None.
-    `oldest_step`: the least of them that keeps the ticket within max_lag.
+    `oldest_step`: the least of them that keeps the ticket within max_lag. `pinned`: an evaluation's tokens must be of
+    exactly the version that it asks for.
     """
     if group.kind != ticket.kind:
         return f"kind {group.kind}, expected {ticket.kind}"
@@ -126,7 +132,7 @@ def unlike(
         return f"logprobs {logprobs.min()}..{logprobs.max()}, expected finite ones of at most 0"
     for version in {version for completion in group.completions for version, _ in completion.spans}:
         step = step_of(version)
-        if ticket.kind == "eval" and version != ticket.min_version:
+        if ticket.kind == "eval" and pinned and version != ticket.min_version:
             return f"tokens of version {version}, expected {ticket.min_version}"
         if step is None or step < oldest_step:
             return f"tokens of version {version}, expected announced ones of step {oldest_step} or later"
@@ -342,7 +348,12 @@ class IntakeServer(threading.Thread):
         """Journal first, then acknowledge. Duplicates and latecomers are acknowledged and dropped."""
         ticket = self.dispatcher.wanted(group.id)
         fault = ticket and unlike(
-            group, ticket, self.vocabulary, self.dispatcher.step_of, self.dispatcher.oldest_step(group.id)
+            group,
+            ticket,
+            self.vocabulary,
+            self.dispatcher.step_of,
+            self.dispatcher.oldest_step(group.id),
+            self.dispatcher.eval_pinned,
         )
         if fault:
             self.hub.faults("group unlike its ticket", f"{group.id} of {peer.name}: {fault}")
@@ -350,11 +361,11 @@ class IntakeServer(threading.Thread):
         elif ticket is not None:
             holder = self.dispatcher.holders().get(group.id)
             offset = self.journal.append_group(group)
-            if group.id.epoch == TRAIN_EPOCH:
-                self.offsets[group.id.index] = offset
             self.rollout_tokens += group.num_tokens
             self.totals.failures.clear()
             self.dispatcher.receive(group)
+            if is_train(group.id):
+                self.offsets[group.id.index] = offset
             if holder is not None and holder != peer.name:
                 self._cancel(holder, group.id)
         else:
@@ -390,7 +401,7 @@ class IntakeServer(threading.Thread):
         """Before anything takes the place of a ticket that failed for good, the journal says that it did."""
         for ticket_id, why in self.dispatcher.newly_failed:
             log.error("ticket %s failed for good: %.300s", ticket_id, why)
-            if ticket_id.epoch == TRAIN_EPOCH:
+            if is_train(ticket_id):
                 self.journal.append_failed((ticket_id.epoch, ticket_id.index), why)
         self.dispatcher.newly_failed.clear()
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from learner.intake.server import FATAL_FAILURES, IntakeServer
 from protocol.errors import DeadlineExceeded, EngineFailed
 from protocol.messages import Group, Ticket, TicketId
 
+EvalGroups = tuple[list[Group], dict[TicketId, str]]
+"""Groups in ticket order, and why tickets failed for good."""
 WaitReporter = Callable[[str, float], None]
 """Called about once a second during a wait with what is waited for, and for how many seconds so far."""
 
@@ -46,6 +49,7 @@ class Source:
         self.server = server
         self.report = report
         self.should_stop = should_stop
+        self._eval_tickets = 0
         self.waited_s = 0.0
         """Seconds that the learner has waited for groups in all."""
 
@@ -85,12 +89,22 @@ class Source:
     def commit(self, step: int, version: int) -> None:
         """The batch became step `step`: journal its composition, free its slots."""
         with self.server.lock:
-            ids = list(self.server.dispatcher.in_training)
-            self.server.journal.append_step(step, version, [(i.epoch, i.index) for i in ids])
-            self.server.dispatcher.commit()
-            for ticket_id in ids:
-                self.server.offsets.pop(ticket_id.index, None)
+            dispatcher = self.server.dispatcher
+            self.server.journal.append_step(step, version, [(i.epoch, i.index) for i in dispatcher.in_training])
+            dispatcher.commit()
+            self._forget_offsets()
         self.server.hub.wake()
+
+    def roll_back(self, tickets: dict[str, Any], branch: int, version: int) -> None:
+        """Give up everything since the checkpoint with these `tickets`; `version` will carry its weights."""
+        with self.server.lock:
+            self.server.dispatcher.roll_back(tickets, branch, version)
+            self._forget_offsets()
+
+    def _forget_offsets(self) -> None:
+        """Keep the journal offsets of groups that a resumed run would have to read."""
+        held = {index: o for index, o in self.server.offsets.items() if self.server.dispatcher.holds(index)}
+        self.server.offsets = held
 
     def resume_training(self) -> None:
         """Let train tickets be issued."""
@@ -103,13 +117,27 @@ class Source:
         with self.server.lock:
             self.server.dispatcher.training_enabled = False
 
-    def evaluate(self, tickets: list[Ticket], timeout_s: float) -> tuple[list[Group], dict[TicketId, str]]:
+    def evaluate(self, tickets: list[Ticket], timeout_s: float) -> EvalGroups:
         """Run evaluation tickets through the actors; groups in order, and failures. Waits and raises as `take`."""
-        dispatcher = self.server.dispatcher
+        self.start_evaluation(tickets)
+        return self.finish_evaluation(timeout_s)
+
+    def start_evaluation(self, tickets: list[Ticket], share: float | None = None) -> None:
+        """Hand in evaluation tickets. With `share` they run beside training, on whatever version there is by then."""
         with self.server.lock:
-            dispatcher.start_evaluation(tickets)
+            self.server.dispatcher.start_evaluation(tickets, share is None, 1.0 if share is None else share)
+            self._eval_tickets = len(tickets)
         self.server.hub.wake()
-        result: tuple[list[Group], dict[TicketId, str]] | None = None
+
+    def finished_evaluation(self) -> EvalGroups | None:
+        """What `start_evaluation` began, if it has ended."""
+        with self.server.lock:
+            return self.server.dispatcher.finish_evaluation()
+
+    def finish_evaluation(self, timeout_s: float) -> EvalGroups:
+        """Wait for what `start_evaluation` began. Raises as `take`."""
+        dispatcher = self.server.dispatcher
+        result: EvalGroups | None = None
 
         def finished() -> bool:
             nonlocal result
@@ -120,7 +148,9 @@ class Source:
             return len(dispatcher.eval.queued)
 
         def state() -> str:
-            return f"evaluation, {done()} of {len(tickets)} problems: {self._actor_phases()}{self._last_failure()}"
+            return (
+                f"evaluation, {done()} of {self._eval_tickets} problems: {self._actor_phases()}{self._last_failure()}"
+            )
 
         self._wait(finished, state, timeout_s, progress=done)
         assert result is not None
@@ -137,6 +167,11 @@ class Source:
     def replay_offset(self) -> int:
         """Journal offset from which a resume must read, given the groups queued now."""
         return min(self.server.offsets.values(), default=self.server.journal.end)
+
+    def filtered(self) -> list[Group]:
+        """Groups that dynamic sampling took out since the batch before the one in hand."""
+        with self.server.lock:
+            return list(self.server.dispatcher.filtered_before)
 
     def _wait(
         self,

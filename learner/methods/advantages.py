@@ -1,7 +1,8 @@
 """Rewards of groups -> advantages of their completions. Pure tensor functions: no config, no tokens, no masks.
 
 Called by `methods/grpo.py`; docs/algorithms.md has the equations. Shapes: rewards [groups, group_size] in, advantages
-of the same shape out. `group_normalized_rewards` begins at the texts and stands alone.
+of the same shape out. `soft_overlong_punishment` is what a length adds to a reward before that;
+`group_normalized_rewards` begins at the texts and stands alone.
 """
 
 from __future__ import annotations
@@ -57,6 +58,16 @@ def batch_normalized(rewards: Tensor, std_eps: float) -> Tensor:
     return (group_mean(flat) / (flat.std() + std_eps)).reshape(rewards.shape)
 
 
+def soft_overlong_punishment(lengths: Tensor, max_tokens: int, buffer: int, penalty: float) -> Tensor:
+    """What a completion's length adds to its reward: 0 to max_tokens - buffer, then linear to -penalty at max_tokens.
+
+    DAPO (Yu et al. 2025, eq. 13, whose penalty is 1), so that a completion that is cut off is not punished out of the
+    blue. `lengths` in tokens, any shape -> float32 in [-penalty, 0], the same shape. 1 <= buffer.
+    """
+    assert buffer >= 1, f"found a buffer of {buffer} tokens, expected at least 1"
+    return penalty * ((max_tokens - buffer - lengths).float() / buffer).clamp(min=-1.0, max=0.0)
+
+
 def group_normalized_rewards(
     reward_function: RewardFunction,
     responses: Sequence[str],
@@ -70,10 +81,10 @@ def group_normalized_rewards(
     Returns (advantages [N], raw rewards [N], figures: mean, std, min and max of the rewards, and the means of the other
     named scores). `normalize_by_std` False: Dr. GRPO's advantage. Raises ValueError for lengths that do not fit.
     """
-    if len(responses) != len(answers) or group_size < 1 or len(responses) % group_size:
+    if not responses or len(responses) != len(answers) or group_size < 1 or len(responses) % group_size:
         raise ValueError(
             f"responses: found {len(responses)} for {len(answers)} answers in groups of {group_size}, allowed: one"
-            " answer each, whole groups"
+            " answer each, whole groups, at least one"
         )
     scores = [reward_function(response, answer) for response, answer in zip(responses, answers, strict=True)]
     rewards = torch.tensor([float(score["reward"]) for score in scores])

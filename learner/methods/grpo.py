@@ -1,84 +1,109 @@
 """GRPO and its relatives: what they take from the groups. The loss itself is asked for in `learner/step.py`.
 
-Turns journaled groups into a batch: advantages from rewards, lag per token from version spans, minibatches of whole
-groups, and what the groups say about themselves. Knows no model, no socket and no clock; called by the loop.
+Turns journaled groups into a batch: rewards, shaped by length and KL, into advantages, and minibatches of whole groups.
+Knows no model, no socket and no clock; called by the loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from learner.batch import Batch, Minibatch, Row, Sample
+from learner.batch import Batch, Minibatch, Row
 from learner.methods import advantages as estimators
-from protocol.config import GrpoConfig, Recipe
+from learner.methods.kl import kl_k3, sequence_kl
+from learner.methods.rollouts import StepOfVersion, group_row, group_stats
+from protocol.config import Recipe
 from protocol.messages import Group
+from protocol.sections import GrpoConfig
 
-StepOfVersion = Callable[[int], int]
+AddReference = Callable[[list[Row]], list[Row]]
+"""Gives every sample the reference's logprobs."""
 
 
-def make_batch(groups: Sequence[Group], recipe: Recipe, step_of_version: StepOfVersion, step: int) -> Batch:
+def make_batch(
+    groups: Sequence[Group],
+    recipe: Recipe,
+    step_of_version: StepOfVersion,
+    step: int,
+    add_reference: AddReference | None = None,
+    filtered: Sequence[Group] = (),
+) -> Batch:
     """One step's batch of whole groups, in the order given, divided evenly over `optim.minibatches`.
 
-    `step_of_version` tells the training steps that a version's weights had seen; `step` is the number of steps finished
-    so far, so a token's lag is step - step_of_version(version).
+    `step_of_version`, `step`: see `group_row`. `add_reference` is asked for with `grpo.kl_coef` only. `filtered`: the
+    groups that dynamic sampling replaced, for the figures.
 
     With `grpo.skip_zero_advantage`, completions of advantage exactly 0 are left out of the rows, since their gradient
-    is 0, but not out of the denominators: the gradient is the same either way. Completions without a trainable token
-    are always left out in this way.
+    is 0, but not out of the denominators: the gradient is the same either way. (With a KL in the loss they have one and
+    stay.) Completions without a trainable token are always left out in this way.
 
     Raises ValueError, naming the ticket, for a group whose buffers, spans or rewards make no sense.
     """
     if not groups:
         raise ValueError("groups: found none, expected at least one")
-    advantages = batch_advantages(groups, recipe.grpo)
-    rows = [group_row(group, values, step_of_version, step) for group, values in zip(groups, advantages, strict=True)]
+    config = recipe.grpo
+    rows = [group_row(group, [0.0] * len(group.completions), step_of_version, step) for group in groups]
+    if config.overlong == "mask":
+        rows = [_without_cut(group, row) for group, row in zip(groups, rows, strict=True)]
+    if config.kl_coef:
+        assert add_reference is not None, "grpo.kl_coef wants a reference"
+        rows = add_reference(rows)
+    advantages = batch_advantages(groups, config, reward_shaping(rows, recipe))
+    rows = [_with_advantages(row, values) for row, values in zip(rows, advantages, strict=True)]
+    skip = config.skip_zero_advantage and not (config.kl_coef and config.kl_in == "loss")
     size = -(-len(rows) // recipe.optim.minibatches)
-    minibatches = tuple(
-        _minibatch(rows[start : start + size], recipe.grpo.skip_zero_advantage) for start in range(0, len(rows), size)
-    )
-    return Batch(step=step, minibatches=minibatches, stats=group_stats(groups, rows))
+    minibatches = tuple(_minibatch(rows[start : start + size], skip) for start in range(0, len(rows), size))
+    stats = group_stats(groups, rows, filtered) | _reference_stats(rows)
+    return Batch(step=step, minibatches=minibatches, stats=stats, loss="policy", passes=recipe.optim.epochs)
 
 
-def group_row(group: Group, advantages: Sequence[float], step_of_version: StepOfVersion, step: int) -> Row:
-    """A group with its advantages and lags, every completion included, in order."""
-    token_ids = _buffer(group, "token_ids", group.token_ids, "<i4")
-    logprobs = _buffer(group, "logprobs", group.logprobs, "<f4")
-    mask = _buffer(group, "mask", group.mask, "u1").astype(bool)  # a copy: ours to change
-    samples: list[Sample] = []
-    start = 0
-    for index, (completion, advantage) in enumerate(zip(group.completions, advantages, strict=True)):
-        part = slice(start, start + completion.num_tokens)
-        lag = token_lags(completion.spans, completion.num_tokens, step_of_version, step)
-        if lag is None:
-            raise ValueError(
-                f"group {group.id}, completion {index}: found version spans {completion.spans} for"
-                f" {completion.num_tokens} tokens at step {step}, expected growing starts from 0 and no later version"
+def reward_shaping(rows: Sequence[Row], recipe: Recipe) -> list[list[float]]:
+    """What length and KL add to each completion's reward before the advantages: 0 or less for length."""
+    config = recipe.grpo
+    shaping = [[0.0] * len(row.samples) for row in rows]
+    if config.overlong == "penalty":
+        for row, values in zip(rows, shaping, strict=True):
+            lengths = torch.tensor([sample.num_tokens for sample in row.samples])
+            punished = estimators.soft_overlong_punishment(
+                lengths, recipe.rollout.max_tokens, config.overlong_buffer, config.overlong_penalty
             )
-        if completion.grader_error:
-            mask[part] = False
-        samples.append(Sample(token_ids[part], logprobs[part], mask[part], advantage, lag))
-        start += completion.num_tokens
-    return Row(group.prompt_ids, tuple(samples), group.temperature)
+            values[:] = punished.tolist()
+    if config.kl_coef and config.kl_in == "reward":
+        for row, values in zip(rows, shaping, strict=True):
+            for index, sample in enumerate(row.samples):
+                if sample.reference_logprobs is not None:
+                    kl = sequence_kl(
+                        config.kl_estimator, sample.engine_logprobs, sample.reference_logprobs, sample.mask
+                    )
+                    values[index] -= config.kl_coef * kl
+    return shaping
 
 
-def batch_advantages(groups: Sequence[Group], config: GrpoConfig) -> list[list[float]]:
-    """Advantages of every completion of every group, from the rewards alone.
+def equal_rewards(group: Group) -> bool:
+    """Whether the graded completions of a group all have the same reward: dynamic sampling's question (DAPO)."""
+    return len({c.scores["reward"] for c in group.completions if not c.grader_error}) <= 1
+
+
+def batch_advantages(
+    groups: Sequence[Group], config: GrpoConfig, shaping: Sequence[Sequence[float]] | None = None
+) -> list[list[float]]:
+    """Advantages of every completion of every group, from the rewards and what `shaping` adds to each of them.
 
     A completion whose grader failed has no reward: it is no part of any baseline and gets advantage 0.
     """
     graded = [[not completion.grader_error for completion in group.completions] for group in groups]
+    added = shaping or [[0.0] * len(group.completions) for group in groups]
     rewards = [
-        torch.tensor([r for r, sound in zip(group.rewards, kept, strict=True) if sound])
-        for group, kept in zip(groups, graded, strict=True)
+        torch.tensor([r + more for r, more, sound in zip(group.rewards, extra, kept, strict=True) if sound])
+        for group, extra, kept in zip(groups, added, graded, strict=True)
     ]
     for group, values in zip(groups, rewards, strict=True):
         if not values.isfinite().all():
-            raise ValueError(f"group {group.id}: found rewards {group.rewards}, expected finite numbers")
+            raise ValueError(f"group {group.id}: found rewards {values.tolist()}, expected finite numbers")
     if config.advantage == "none":
         estimated = rewards
     elif config.advantage == "batch_normalized":
@@ -106,42 +131,35 @@ def _group_advantages(rewards: torch.Tensor, config: GrpoConfig) -> torch.Tensor
     return estimators.group_mean(group)[0]
 
 
-def token_lags(
-    spans: tuple[tuple[int, int], ...], num_tokens: int, step_of_version: StepOfVersion, step: int
-) -> NDArray[np.int32] | None:
-    """[num_tokens] steps between the weights that drew each token and `step`; None if the spans make no sense."""
-    if num_tokens == 0:
-        return np.zeros(0, np.int32)
-    edges = [start for _, start in spans] + [num_tokens]
-    if edges[0] != 0 or any(start >= end for start, end in pairwise(edges)):
-        return None
-    lags = np.zeros(num_tokens, np.int32)
-    for version, start in spans:
-        lags[start:] = step - step_of_version(version)
-    return None if (lags < 0).any() else lags
+def _without_cut(group: Group, row: Row) -> Row:
+    """The row with the completions masked that reached `rollout.max_tokens` (DAPO's overlong filtering)."""
+    samples = zip(row.samples, group.completions, strict=True)
+    return replace(
+        row,
+        samples=tuple(
+            replace(sample, mask=np.zeros_like(sample.mask)) if completion.finish_reason == "length" else sample
+            for sample, completion in samples
+        ),
+    )
 
 
-def group_stats(groups: Sequence[Group], rows: Sequence[Row]) -> dict[str, float]:
-    """What the groups say about themselves, trained on or not. Lags are in steps, over tokens.
+def _with_advantages(row: Row, advantages: Sequence[float]) -> Row:
+    pairs = zip(row.samples, advantages, strict=True)
+    return replace(row, samples=tuple(replace(sample, advantage=advantage) for sample, advantage in pairs))
 
-    Rewards are those of completions that were graded; a step in which none was has reward 0 and says `grader_errors`.
-    """
-    completions = [completion for group in groups for completion in group.completions]
-    samples = [sample for row in rows for sample in row.samples]
-    graded = [[c.scores["reward"] for c in group.completions if not c.grader_error] for group in groups]
-    rewards = np.array([reward for group in graded for reward in group] or [0.0])
-    lags = np.concatenate([sample.lag for sample in samples])
-    return {
-        "reward_mean": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "zero_variance_share": float(np.mean([len(set(group)) <= 1 for group in graded])),
-        "completion_tokens": float(sum(completion.num_tokens for completion in completions)),
-        "completion_tokens_mean": float(np.mean([completion.num_tokens for completion in completions])),
-        "truncated_completions_share": float(np.mean([c.finish_reason == "length" for c in completions])),
-        "grader_errors": float(sum(bool(completion.grader_error) for completion in completions)),
-        "lag_mean": float(lags.mean()) if lags.size else 0.0,
-        "lag_max": float(lags.max()) if lags.size else 0.0,
-    }
+
+def _reference_stats(rows: Sequence[Row]) -> dict[str, float]:
+    """Mean k3 estimate of KL(engine || reference), nats a token, over every token drawn."""
+    pairs = [
+        (sample.engine_logprobs, sample.reference_logprobs)
+        for row in rows
+        for sample in row.samples
+        if sample.reference_logprobs is not None
+    ]
+    if not pairs:
+        return {}
+    engine, reference = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*pairs, strict=True))
+    return {"kl_reference": kl_k3(engine, reference).mean().item()}
 
 
 def _minibatch(rows: Sequence[Row], skip_zero_advantage: bool) -> Minibatch:
@@ -159,12 +177,3 @@ def _minibatch(rows: Sequence[Row], skip_zero_advantage: bool) -> Minibatch:
         num_tokens=int(sum(sample.mask.sum() for sample in samples)),
         num_sequences=len(samples),
     )
-
-
-def _buffer(group: Group, name: str, data: bytes, dtype: str) -> NDArray:
-    expected = group.num_tokens * np.dtype(dtype).itemsize
-    if len(data) != expected:
-        raise ValueError(
-            f"group {group.id}, {name}: found {len(data)} bytes, expected {expected} for {group.num_tokens} tokens"
-        )
-    return np.frombuffer(data, dtype)

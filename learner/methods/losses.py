@@ -4,13 +4,13 @@ Three layers, each usable alone; docs/algorithms.md has the equations and their 
 
 1. From logits: `token_entropy`, `response_logprobs`; over a mask: `masked_sum`, `masked_mean`, `masked_normalize`.
 2. Per-token policy losses (`policy_gradient`, `grpo_clip`, `gspo`, `cispo`): any shapes that broadcast, for example
-   logprobs [batch, seq] and advantages [batch, 1]; no mask and no mean. `sft_microbatch_step`, `grpo_microbatch_step`
-   make a whole accumulated backward pass of padded tensors from them, for those who study or write their own loop.
-3. What `learner/step.py` uses: all tensors [N], the response tokens of one packed microbatch. A loss is the weighted
-   sum of per-token losses, where the weights (`token_weights`) hold the denominator of the whole optimizer update:
-   summing over microbatches gives exactly the loss, and the gradient, of the update computed at once.
+   logprobs [batch, seq] and advantages [batch, 1]; no mask and no mean. `dpo` is one per pair. `sft_microbatch_step`,
+   `grpo_microbatch_step` make a whole accumulated backward pass of padded tensors from them, for those who study or
+   write their own loop.
+3. `packed_losses.py`: what `learner/step.py` uses, on the response tokens of a packed microbatch.
 
-Metrics are detached; those of layer 3 are sums, so that they too can be added over microbatches. Knows no config file.
+Masks may be of any type; nothing that lies outside one reaches a value or a gradient, not even NaN. Metrics are
+detached. Knows no config file.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 PolicyLoss = Literal["no_baseline", "reinforce_with_baseline", "grpo_clip", "gspo", "cispo"]
 Metrics = dict[str, Tensor]
 
@@ -30,14 +30,18 @@ Metrics = dict[str, Tensor]
 
 
 def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Sum where the mask is True; what lies outside may be NaN or infinite. Over `dim`, or over all."""
+    """Sum where the mask is True; what lies outside may be NaN or infinite. Over `dim`, or over all.
+
+    The mask broadcasts to the values' shape, here and in the two below.
+    """
     kept = values.masked_fill(~mask.bool(), 0.0)
     return kept.sum() if dim is None else kept.sum(dim)
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean where the mask is True; 0 where it is True nowhere. Over `dim`, or over all."""
-    count = mask.bool().sum() if dim is None else mask.bool().sum(dim)
+    mask = mask.bool().expand_as(values)
+    count = mask.sum() if dim is None else mask.sum(dim)
     return masked_sum(values, mask, dim) / count.clamp(min=1)
 
 
@@ -49,10 +53,11 @@ def masked_normalize(values: Tensor, mask: Tensor, constant: float, dim: int | N
 def token_entropy(logits: Tensor) -> Tensor:
     """Entropy of the next-token distribution in nats: [..., vocabulary] -> [...]. Stable for logits of any size.
 
-    H = -sum p log p, from a log-softmax in float32: where p is 0, log p is large but finite, and its product 0.
+    H = -sum p log p, from a log-softmax in float32. Where p is 0 the product is 0, too: log p is made finite for that,
+    since a logit may be -inf (a token that is forbidden).
     """
     logprobs = logits.float().log_softmax(-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
 
 
 def response_logprobs(
@@ -117,6 +122,41 @@ def cispo(
     return -bounded * advantages * logprobs, {"ratio": ratio, "clipped": (bounded != ratio).float()}
 
 
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def dpo(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Metrics]:
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m), the margin m = beta (chosen log-ratio - rejected log-ratio).
+
+    DPO (Rafailov et al. 2023, "Direct Preference Optimization", eq. 7); e = `label_smoothing` is the assumed share of
+    pairs that are the wrong way round (conservative DPO: Mitchell 2023, "A note on DPO with noisy preferences").
+
+    Inputs [P]: the log-probability in nats of each whole response, summed over its tokens, not averaged; the
+    reference's carry no gradient. Returns the losses [P] and sums over the pairs: "chosen_reward" and
+    "rejected_reward", the implicit rewards beta (log p - log p_ref), "margin", their difference, and "accuracy", pairs
+    of a margin above 0 (none where the policy is still the reference).
+    """
+    chosen = beta * (policy_chosen - reference_chosen.detach())
+    rejected = beta * (policy_rejected - reference_rejected.detach())
+    margin = chosen - rejected
+    loss = -(1.0 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+    return loss, _detached(
+        {
+            "accuracy": (margin > 0).float().sum(),
+            "margin": margin.sum(),
+            "chosen_reward": chosen.sum(),
+            "rejected_reward": rejected.sum(),
+        }
+    )
+
+
 # --- a whole microbatch of padded tensors -----------------------------------------------------------------------------
 
 
@@ -133,9 +173,10 @@ def policy_loss(
 ) -> tuple[Tensor, Metrics]:
     """Per-token loss of one of the five kinds: logprobs and mask [batch, seq], rewards and advantages [batch, 1].
 
-    `no_baseline` wants `raw_rewards`, the others `advantages`; the three with a ratio want `old` [batch, seq]. Raises
-    ValueError for what is missing.
+    `no_baseline` wants `raw_rewards`, the others `advantages`; the three with a ratio want `old` [batch, seq]. The loss
+    outside the mask means nothing, and no gradient comes from there. Raises ValueError for what is missing.
     """
+    logprobs = logprobs.masked_fill(~mask.bool(), 0.0)
     signal = raw_rewards if kind == "no_baseline" else advantages
     if signal is None:
         name = "raw_rewards" if kind == "no_baseline" else "advantages"
@@ -187,119 +228,6 @@ def grpo_microbatch_step(
     loss = per_sequence.mean() / accumulation_steps
     loss.backward()
     return loss.detach(), {name: masked_mean(value, mask) for name, value in metrics.items()}
-
-
-# --- packed microbatches ----------------------------------------------------------------------------------------------
-
-
-def token_weights(
-    aggregation: Aggregation,
-    mask: Tensor,
-    sequence_tokens: Tensor,
-    num_tokens: int,
-    num_sequences: int,
-    max_tokens: int,
-) -> Tensor:
-    """What each token's loss counts for in the loss of the update: [N] float32, 0 outside the mask.
-
-    token_mean: 1 / num_tokens (DAPO, Yu et al. 2025, eq. 8).
-    sequence_mean: 1 / (own sequence's tokens x num_sequences) (GRPO, Shao et al. 2024, eq. 3).
-    constant: 1 / (max_tokens x num_sequences), independent of lengths (Dr. GRPO, Liu et al. 2025, section 3).
-
-    `num_tokens` (trainable) and `num_sequences` are those of the whole update; `sequence_tokens` [N] is the number of
-    trainable tokens of each token's own sequence. A sequence without trainable tokens counts as one of loss 0.
-    """
-    if aggregation == "token_mean":
-        weights = torch.full(mask.shape, 1.0 / max(num_tokens, 1), device=mask.device)
-    elif aggregation == "sequence_mean":
-        weights = 1.0 / (sequence_tokens.clamp(min=1).float() * max(num_sequences, 1))
-    elif aggregation == "constant":
-        weights = torch.full(mask.shape, 1.0 / (max_tokens * max(num_sequences, 1)), device=mask.device)
-    else:
-        raise ValueError(f"aggregation: found {aggregation!r}, allowed: token_mean, sequence_mean, constant")
-    return weights.masked_fill(~mask, 0.0)
-
-
-def importance_weights(old: Tensor, engine: Tensor, cap: float) -> Tensor:
-    """Truncated importance sampling: min(exp(old - engine), cap), detached. [N] -> [N]; all ones where cap is 0.
-
-    Corrects for tokens drawn by older weights and by the engine's different arithmetic; the truncation bounds the
-    variance (Ionides 2008; Espeholt et al. 2018, "IMPALA", rho-bar).
-    """
-    if cap == 0:
-        return torch.ones_like(old)
-    return (old.detach() - engine).exp().clamp(max=cap)
-
-
-def packed_policy_loss(
-    kind: PolicyLoss,
-    logprobs: Tensor,
-    old: Tensor,
-    advantages: Tensor,
-    importance: Tensor,
-    weights: Tensor,
-    sequence_index: Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[Tensor, Metrics]:
-    """Sum over tokens of weight x importance x per-token loss; all [N], scalar out.
-
-    `weights` from `token_weights`; tokens of weight 0 add nothing, and nothing to the gradient, whatever they hold.
-    `sequence_index`: which completion a token is of. Metrics, for the kinds with a ratio: sums of "ratio",
-    "ratio_squared" and "clipped".
-    """
-    mask = weights > 0
-    logprobs = logprobs.masked_fill(~mask, 0.0)  # here, too: 0 x NaN outside the mask would be a NaN gradient
-    old = old.detach().masked_fill(~mask, 0.0)
-    metrics: Metrics = {}
-    if kind in ("no_baseline", "reinforce_with_baseline"):
-        per_token = policy_gradient(advantages, logprobs)
-    elif kind == "gspo":
-        mean = sequence_means((logprobs - old).detach(), mask, sequence_index)
-        per_token, metrics = gspo(advantages, logprobs, mean, clip_low, clip_high)
-    else:
-        per_token, metrics = (grpo_clip if kind == "grpo_clip" else cispo)(
-            advantages, logprobs, old, clip_low, clip_high
-        )
-    if metrics:
-        metrics |= {"ratio_squared": metrics["ratio"].square()}
-    loss = masked_sum(per_token * importance * weights, mask)
-    return loss, {name: masked_sum(value, mask) for name, value in metrics.items()}
-
-
-def sequence_means(values: Tensor, mask: Tensor, sequence_index: Tensor) -> Tensor:
-    """Mean over each sequence's masked tokens, at every one of its tokens: [N] -> [N]; 0 for a sequence without any."""
-    sequences = int(sequence_index.max()) + 1 if len(sequence_index) else 0
-    totals = torch.zeros(sequences, device=values.device).index_add(0, sequence_index, values.masked_fill(~mask, 0.0))
-    counts = torch.zeros(sequences, device=values.device).index_add(0, sequence_index, mask.float())
-    return (totals / counts.clamp(min=1))[sequence_index]
-
-
-def sft(logprobs: Tensor, weights: Tensor) -> tuple[Tensor, Metrics]:
-    """Negative log-likelihood of the response tokens: sum of w x -logp. [N], [N] -> scalar."""
-    mask = weights > 0
-    return masked_sum(-logprobs * weights, mask), _detached({"nll": masked_sum(-logprobs, mask)})
-
-
-def policy_metrics(old: Tensor, engine: Tensor, importance: Tensor, mask: Tensor, cap: float) -> Metrics:
-    """How far the learner's policy is from the one that drew the tokens, as sums over the mask. All [N].
-
-    "kl_k1" and "kl_k3" estimate KL(engine || learner) per token from the engine's samples: with d = old - engine they
-    are -d and exp(d) - 1 - d (Schulman 2020, "Approximating KL Divergence"). "engine_gap" is |d|. "importance" is the
-    weight itself, "truncated" counts the weights that the cap cut.
-    """
-    difference = (old.detach() - engine).masked_fill(~mask, 0.0)
-    truncated = difference.exp() > cap if cap else torch.zeros_like(mask)
-    return _detached(
-        {
-            "tokens": mask.sum().float(),
-            "engine_gap": masked_sum(difference.abs(), mask),
-            "kl_k1": masked_sum(-difference, mask),
-            "kl_k3": masked_sum(difference.expm1() - difference, mask),
-            "importance": masked_sum(importance, mask),
-            "truncated": masked_sum(truncated.float(), mask),
-        }
-    )
 
 
 def _detached(metrics: Metrics) -> Metrics:

@@ -20,8 +20,8 @@ from transformers import (
 
 from learner.batch import Row, Sample
 from learner.model import PolicyModel
-from protocol.config import LearnerConfig, ModelConfig
 from protocol.messages import Completion, Group, TicketId
+from protocol.sections import LearnerConfig, ModelConfig
 
 VOCABULARY = 61
 SHAPE: dict[str, Any] = {

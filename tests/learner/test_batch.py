@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.batch import Row, Sample, pack, plan_microbatches, split_row, tokenize_prompt_and_output
+from learner.batch import Line, Row, Sample, pack, pack_lines, plan_microbatches, split_row, tokenize_prompt_and_output
 from tests.learner.reference import random_rows
 from tests.tiny_model import make_tiny_tokenizer
 
@@ -63,16 +63,46 @@ def test_pack_refuses_what_nothing_predicts(row: Row, message: str) -> None:
         pack([row])
 
 
+def line_length(line: Line) -> int:
+    return sum(row.packed_length for row in line)
+
+
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("budget", [1, 9, 14, 30, 1000])
-def test_plan_keeps_budget_and_loses_no_completion(budget: int) -> None:
+def test_plan_keeps_budget_and_loses_no_completion(budget: int, packing: bool) -> None:
     rows = random_rows()
-    plan = plan_microbatches(rows, budget)
-    for group in plan:
-        positions = len(group) * max(row.packed_length for row in group)
-        assert positions <= budget or (len(group) == 1 and len(group[0].samples) == 1)
-    planned = sorted((row.prompt_ids, tuple(s.token_ids)) for group in plan for row in group for s in row.samples)
+    plan = plan_microbatches(rows, budget, packing)
+    for lines in plan:
+        positions = len(lines) * max(map(line_length, lines))
+        assert positions <= budget or (len(lines) == 1 and len(lines[0]) == 1 and len(lines[0][0].samples) == 1)
+    kept = [row for lines in plan for line in lines for row in line]
+    planned = sorted((row.prompt_ids, tuple(s.token_ids)) for row in kept for s in row.samples)
     assert planned == sorted((row.prompt_ids, tuple(s.token_ids)) for row in rows for s in row.samples)
     assert (len(plan) == 1) == (budget == 1000)
+
+
+def test_packing_fills_lines_up_to_the_longest_and_no_further() -> None:
+    rows = [Row((1,) * length, (sample([5]),)) for length in (6, 3, 3, 2, 1)]
+    assert [len(line) for line in plan_microbatches(rows, 12, packing=False)[0]] == [1, 1]
+    (lines,) = plan_microbatches(rows, 18, packing=True)
+    assert [[row.packed_length for row in line] for line in lines] == [[6], [3, 3], [2, 1]]
+    packed, padded = pack_lines(lines), pack([row for line in lines for row in line])
+    assert (packed.num_positions, padded.num_positions) == (18, 30)
+    assert packed.target_ids.tolist() == padded.target_ids.tolist()
+
+
+def test_rows_of_one_line_do_not_see_each_other() -> None:
+    packed = pack_lines([(Row((7,), (sample([1, 2]),)), Row((8, 9), (sample([3]),)))])
+    assert packed.input_ids.tolist() == [[7, 1, 8, 9]]
+    assert packed.position_ids.tolist() == [[0, 1, 0, 1]]
+    assert packed.predict_index.tolist() == [0, 1, 3]
+    assert packed.attention[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+def test_a_row_that_must_stay_whole_is_not_split() -> None:
+    row = Row((1, 2, 3), (sample([4] * 5), sample([5] * 5)))
+    assert len(plan_microbatches([row], 8)) == 2
+    assert plan_microbatches([row], 8, split=False) == [[(row,)]]
 
 
 def test_split_row_repeats_the_prompt_and_keeps_the_order() -> None:

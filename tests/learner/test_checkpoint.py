@@ -24,7 +24,7 @@ def train(model: PolicyModel, optimizer: Optimizer, steps: range) -> None:
     for step in steps:
         rows = random_rows(seed=step)
         tokens = int(sum(s.mask.sum() for row in rows for s in row.samples))
-        train_step(model, optimizer, Batch(step, (Minibatch(rows, tokens, 10),), {}), RECIPE)
+        train_step(model, optimizer, Batch(step, (Minibatch(rows, tokens, 10),), {}), RECIPE, RECIPE.optim.lr)
 
 
 def fresh(kind: str = "qwen2") -> tuple[PolicyModel, Optimizer]:
@@ -140,3 +140,24 @@ def test_load_refuses_another_model(tmp_path: Path) -> None:
     model, optimizer = fresh("llama")
     with pytest.raises(ValueError, match="holds another model"):
         checkpoint.load(path, model, optimizer)
+
+
+def test_the_newest_good_checkpoint_outlives_newer_doubtful_ones(tmp_path: Path) -> None:
+    model, optimizer = fresh()
+    for step, good in ((2, True), (4, True), (6, False), (8, False), (10, False)):
+        checkpoint.save(tmp_path, step, model, optimizer, {}, keep=2, good=good)
+    assert [checkpoint.step_of(path) for path in sorted(tmp_path.iterdir())] == [4, 8, 10]
+    good_one = checkpoint.newest_good(tmp_path)
+    assert good_one is not None and checkpoint.step_of(good_one) == 4
+    checkpoint.remove_after(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    assert checkpoint.latest(tmp_path) == good_one
+
+
+def test_a_checkpoint_without_a_mark_is_a_good_one(tmp_path: Path) -> None:
+    """As the versions before the guard wrote them."""
+    path = saved(tmp_path)
+    header = json.loads((path / "state.json").read_text())
+    del header["good"]
+    (path / "state.json").write_text(json.dumps(header))
+    assert checkpoint.newest_good(tmp_path) == path

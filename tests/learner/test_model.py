@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import learner.model as model_module
-from learner.batch import pack, plan_microbatches
+from learner.batch import pack, pack_lines, plan_microbatches
 from learner.model import PolicyModel, load_model, pick_compute_dtype
-from protocol.config import LearnerConfig, ModelConfig
+from protocol.sections import LearnerConfig, ModelConfig
 from tests.learner.reference import (
     SHAPE,
     foreign_directory,
@@ -27,15 +27,15 @@ CPU = LearnerConfig(device="cpu")
 FP32 = ModelConfig(dtype="float32", max_model_len=64)
 
 
-def packed_logprobs(model: PolicyModel, budget: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def packed_logprobs(model: PolicyModel, budget: int, packing: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(packed, plain, entropy difference) over all microbatches, each token compared with its own sequence."""
     packed, plain, entropies, expected_entropies = [], [], [], []
     with torch.no_grad():
-        for rows in plan_microbatches(random_rows(temperature=0.7), budget):
-            output = model.logprobs(pack(rows), with_entropy=True)
+        for lines in plan_microbatches(random_rows(temperature=0.7), budget, packing):
+            output = model.logprobs(pack_lines(lines), with_entropy=True)
             packed.append(output.logprobs)
             entropies.append(output.entropy)
-            for row in rows:
+            for row in (row for line in lines for row in line):
                 for sample in row.samples:
                     plain.append(plain_logprobs(model.network, row, sample))
                     distribution = plain_distributions(model.network, row, sample)
@@ -45,9 +45,11 @@ def packed_logprobs(model: PolicyModel, budget: int) -> tuple[torch.Tensor, torc
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("budget", [12, 1000])
-def test_logprobs_equal_one_sequence_at_a_time_at_temperature(kind: str, attention: str, budget: int) -> None:
-    packed, plain, entropy_difference = packed_logprobs(policy(kind, attention=attention), budget)
+@pytest.mark.parametrize(("budget", "packing"), [(12, False), (1000, False), (30, True), (1000, True)])
+def test_logprobs_equal_one_sequence_at_a_time_at_temperature(
+    kind: str, attention: str, budget: int, packing: bool
+) -> None:
+    packed, plain, entropy_difference = packed_logprobs(policy(kind, attention=attention), budget, packing)
     assert plain.std() > 0.5  # a distribution that has something to get wrong
     torch.testing.assert_close(packed, plain, atol=2e-5, rtol=0)
     assert entropy_difference.abs().max() < 2e-5
@@ -168,7 +170,7 @@ def test_export_loads_in_transformers_with_tokenizer_and_template(tmp_path: Path
 
 def test_load_model_takes_a_family_that_packs_rightly(tmp_path: Path) -> None:
     model = load_model(foreign_directory(tmp_path), FP32, CPU)
-    packed, plain, _ = packed_logprobs(model, 1000)
+    packed, plain, _ = packed_logprobs(model, 1000, packing=False)
     torch.testing.assert_close(packed, plain, atol=2e-5, rtol=0)
 
 

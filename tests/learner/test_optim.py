@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from learner.optim import Optimizer, lr_at
-from protocol.config import OptimConfig
+from protocol.sections import OptimConfig
 from tests.learner.reference import policy
 
 

@@ -10,15 +10,14 @@ import pytest
 from protocol.config import (
     RESUMABLE_KEYS,
     Recipe,
-    RolloutConfig,
     apply_override,
     changed_keys,
-    check_loopback,
     check_resumable,
     load_recipe,
     parse_recipe,
 )
 from protocol.errors import RecipeError
+from protocol.sections import RolloutConfig, check_loopback
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.toml"))
 
@@ -70,7 +69,7 @@ def test_unknown_key_is_refused_with_the_keys_of_its_section(data: dict[str, Any
         ({"steps": True}, "steps", "True"),
         ({"steps": 1.5}, "steps", "1.5"),
         ({"steps": 3.0}, "steps", "3.0"),
-        ({"steps": 0}, "steps", "0"),
+        ({"steps": -1}, "steps", "-1"),
         ({"name": 7}, "name", "7"),
         ({"name": "../up"}, "name", "'../up'"),
         ({"model": "bundled"}, "model", "'bundled'"),
@@ -136,7 +135,7 @@ def test_sampling_bias_is_taken_when_it_is_accepted_by_name() -> None:
 
 
 def test_every_fault_has_a_line_of_its_own() -> None:
-    lines = refusal(steps=0, rollout={"bogus": 1, "max_lag": -1}).splitlines()
+    lines = refusal(steps=-1, rollout={"bogus": 1, "max_lag": -1}).splitlines()
     assert [line.split(": ")[1] for line in lines] == ["steps", "rollout.max_lag", "rollout.bogus"]
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from protocol.config import LearnerConfig, ModelConfig
 from protocol.rundir import RunDir
+from protocol.sections import LearnerConfig, ModelConfig
 from tests.run_harness import Command, left_behind
 from tests.test_cli import RECIPE
 from tests.tiny_model import make_tiny_model

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from learner.intake.arithmetic import count_pairs, unordered_pair
 from learner.intake.data import Example, load_task
-from learner.intake.problems import count_pairs, unordered_pair
 from protocol.config import parse_recipe
 from protocol.errors import RecipeError
 from tests.tiny_model import make_tiny_tokenizer

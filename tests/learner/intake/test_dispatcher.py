@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from learner.intake.dispatcher import Dispatcher
+from learner.intake.dispatcher import TICKET_STATES, Dispatcher
 from protocol.messages import Completion, Group, Ticket, TicketId
-from tests.intake_harness import make_ticket
+from tests.intake_harness import make_ticket, ticket_of
 
 ACTORS = ("a", "b", "c")
 
 
-def make_dispatcher(*, groups_per_step: int = 2, max_lag: int = 1, steps: int = 5, max_attempts: int = 3) -> Dispatcher:
+def make_dispatcher(
+    *, groups_per_step: int = 2, max_lag: int = 1, steps: int = 5, max_attempts: int = 3, **filtering: Any
+) -> Dispatcher:
     dispatcher = Dispatcher(
-        make_ticket, groups_per_step=groups_per_step, max_lag=max_lag, steps=steps, max_attempts=max_attempts
+        ticket_of,
+        groups_per_step=groups_per_step,
+        max_lag=max_lag,
+        steps=steps,
+        max_attempts=max_attempts,
+        **filtering,
     )
     dispatcher.published(0, 1)
     dispatcher.training_enabled = True
@@ -234,19 +243,118 @@ def test_group_of_a_resumed_ticket_may_be_as_old_as_its_place_in_line_allows() -
     assert [resumed.step_of(version) for version in (5, 6, 7, 9)] == [2, 3, None, 3], "step 4 is lost"
 
 
+def test_filtered_group_is_counted_and_replaced_by_the_next_prompt() -> None:
+    dispatcher = make_dispatcher(
+        groups_per_step=2, max_lag=0, is_filtered=lambda group: group.id.index in (0, 2, 3), max_filtered_per_step=2
+    )
+    first, second = issue_all(dispatcher)
+    assert dispatcher.receive(make_group(first)), "accepted, hence acknowledged and journaled once"
+    assert not dispatcher.holds(0)
+    (third,) = issue_all(dispatcher)
+    assert (third.id.index, dispatcher.counts()["filtered"]) == (2, 1)
+    dispatcher.receive(make_group(second))
+    dispatcher.receive(make_group(third))
+    (fourth,) = issue_all(dispatcher)
+    dispatcher.receive(make_group(fourth))
+    assert [group.id.index for group in dispatcher.take() or []] == [1, 3], "two filtered in one step are the limit"
+    assert [group.id.index for group in dispatcher.filtered_before] == [0, 2]
+    dispatcher.published(1, 2)
+    dispatcher.commit()
+    assert dispatcher.counts()["filtered"] == 2
+    assert not dispatcher.receive(make_group(first)), "a duplicate of a filtered group"
+
+
+def test_filtering_leaves_evaluations_alone() -> None:
+    dispatcher = make_dispatcher(is_filtered=lambda group: True, max_filtered_per_step=100)
+    dispatcher.start_evaluation([msgspec.structs.replace(make_ticket(0), id=TicketId(-1, 0), kind="eval")])
+    ticket = dispatcher.issue("a", 1, 0.0)
+    assert ticket is not None
+    dispatcher.receive(make_group(ticket))
+    groups, _ = dispatcher.finish_evaluation() or ([], {})
+    assert len(groups) == 1 and dispatcher.counts()["filtered"] == 0
+
+
+def test_evaluation_beside_training_has_its_share_and_what_training_leaves() -> None:
+    dispatcher = make_dispatcher(groups_per_step=3, max_lag=1, steps=9)
+    tickets = [msgspec.structs.replace(make_ticket(i), id=TicketId(-1, i), kind="eval") for i in range(8)]
+    dispatcher.start_evaluation(tickets, pinned=False, share=0.25)
+    order = [ticket.kind for ticket in issue_all(dispatcher)]
+    assert order[:8] == ["eval", "train", "train", "train", "eval", "train", "train", "train"]
+    assert order[8:] == ["eval"] * 6, "admission is exhausted: idle engines take the rest"
+
+
+def test_unpinned_evaluation_takes_later_versions_and_no_earlier_ones() -> None:
+    dispatcher = make_dispatcher()
+    dispatcher.published(1, 2)
+    ticket = msgspec.structs.replace(make_ticket(0), id=TicketId(-2, 0), kind="eval", min_version=2)
+    dispatcher.start_evaluation([ticket], pinned=False, share=0.5)
+    assert dispatcher.oldest_step(ticket.id) == 1
+
+
+def test_roll_back_abandons_what_lies_behind_the_checkpoint_and_issues_it_again() -> None:
+    dispatcher = make_dispatcher(groups_per_step=2, max_lag=1, steps=5)
+    tickets = issue_all(dispatcher)
+    for ticket in tickets[:2]:
+        dispatcher.receive(make_group(ticket))
+    dispatcher.take()
+    dispatcher.published(1, 2)
+    dispatcher.commit()
+    state = dispatcher.state()  # step 1: two trained, 2 and 3 leased
+    for ticket in [*tickets[2:], *issue_all(dispatcher, version=2)]:
+        dispatcher.receive(make_group(ticket, version=2))
+    dispatcher.take()
+    dispatcher.published(2, 3)
+    dispatcher.commit()  # a second step, which is given up now
+
+    dispatcher.roll_back(state, branch=1, version=4)
+    dispatcher.published(1, 4)
+    assert dispatcher.counts() == state_counts(issued=8, trained=2, abandoned=4, leased=2)
+    assert (dispatcher.step, dispatcher.step_of(1), dispatcher.step_of(3), dispatcher.step_of(4)) == (1, 0, None, 1)
+    assert dispatcher.wanted(tickets[2].id) is None, "what the old branch drew answers nothing"
+    assert issue_all(dispatcher, version=3) == [], "nor does an engine with its weights get a ticket"
+    again = issue_all(dispatcher, version=4)
+    assert [(ticket.id, ticket.min_version) for ticket in again[:3]] == [
+        (TicketId(1, 2), 4), (TicketId(1, 3), 4), (TicketId(1, 4), 4)
+    ]  # fmt: skip
+    assert dispatcher.counts()["abandoned"] == 4
+    resumed = make_dispatcher(groups_per_step=2, max_lag=1, steps=5)
+    old, new = make_group(tickets[2], 2), make_group(again[0], 4)
+    assert resumed.restore(dispatcher.state(), [old, new], 5) == [2]
+    assert resumed.train.queued == {TicketId(1, 2): new}
+
+
+def state_counts(**changed: int) -> dict[str, int]:
+    return dict.fromkeys(TICKET_STATES, 0) | changed
+
+
+def test_roll_back_gives_up_a_running_evaluation() -> None:
+    dispatcher = make_dispatcher()
+    state = dispatcher.state()
+    dispatcher.start_evaluation([msgspec.structs.replace(make_ticket(0), id=TicketId(-1, 0), kind="eval")])
+    assert dispatcher.issue("a", 1, 0.0) is not None
+    dispatcher.roll_back(state, branch=1, version=2)
+    assert dispatcher.beat("a", [TicketId(-1, 0)]) == [TicketId(-1, 0)], "its holder is told to stop"
+    dispatcher.start_evaluation([msgspec.structs.replace(make_ticket(0), id=TicketId(-2, 0), kind="eval")])
+
+
 class RandomSchedules(RuleBasedStateMachine):
     """Actors join, die, fail, duplicate, delay and lose groups in any order; the learner takes and commits when it can,
-    writes checkpoints, crashes and comes back with its journal."""
+    filters some groups, writes checkpoints, goes back to one, crashes and comes back with its journal."""
 
     @initialize(
         groups_per_step=st.integers(1, 3),
         max_lag=st.integers(0, 3),
         steps=st.integers(1, 6),
         max_attempts=st.sampled_from([1, 2, 1000]),
+        filter_every=st.sampled_from([1000, 3, 2]),
+        max_filtered=st.integers(0, 3),
     )
-    def start(self, groups_per_step: int, max_lag: int, steps: int, max_attempts: int) -> None:
-        self.shape = {
-            "groups_per_step": groups_per_step, "max_lag": max_lag, "steps": steps, "max_attempts": max_attempts
+    def start(
+        self, groups_per_step: int, max_lag: int, steps: int, max_attempts: int, filter_every: int, max_filtered: int
+    ) -> None:
+        self.shape: dict[str, Any] = {
+            "groups_per_step": groups_per_step, "max_lag": max_lag, "steps": steps, "max_attempts": max_attempts,
+            "is_filtered": lambda group: group.id.index % filter_every == 1, "max_filtered_per_step": max_filtered,
         }  # fmt: skip
         self.dispatcher = make_dispatcher(**self.shape)
         self.steps, self.max_lag = steps, max_lag
@@ -255,6 +363,8 @@ class RandomSchedules(RuleBasedStateMachine):
         self.checkpoint = (self.dispatcher.state(), 0)
         self.version = 1
         self.step_of_version = {1: 0}
+        self.surviving = {1}
+        """Versions of the branch that the run is on."""
         self.engine = dict.fromkeys(ACTORS, 1)
         self.holding: list[tuple[str, Ticket, int]] = []
         """(actor, ticket, version at its start): what actors work on, whether or not they still have the lease."""
@@ -303,11 +413,26 @@ class RandomSchedules(RuleBasedStateMachine):
         state, trained = self.checkpoint
         del self.trained[trained:]
         self.dispatcher = make_dispatcher(**self.shape)
-        self.version += 1
-        self.step_of_version[self.version] = state["step"]
         first_groups = {group.id: group for group in reversed(self.journal)}.values()
-        self.dispatcher.restore(state, first_groups, self.version, self.journal_failed, self.step_of_version)
-        self.dispatcher.published(state["step"], self.version)
+        known = {version: self.step_of_version[version] for version in self.surviving}
+        self.dispatcher.restore(state, first_groups, self.version + 1, self.journal_failed, known)
+        self.publish(state["step"])
+
+    def publish(self, step: int) -> None:
+        self.version += 1
+        self.step_of_version[self.version] = step
+        self.surviving.add(self.version)
+        self.dispatcher.published(step, self.version)
+
+    @rule()
+    def roll_back(self) -> None:
+        """The guard saw a collapse: back to the checkpoint on a new branch, which gets a checkpoint at once."""
+        state, trained = self.checkpoint
+        del self.trained[trained:]
+        self.surviving = {version for version in self.surviving if self.step_of_version[version] <= state["step"]}
+        self.dispatcher.roll_back(state, self.dispatcher.branch + 1, self.version + 1)
+        self.publish(state["step"])
+        self.save()
 
     @precondition(lambda self: self.sent)
     @rule(data=st.data())
@@ -350,13 +475,13 @@ class RandomSchedules(RuleBasedStateMachine):
             return
         step = self.dispatcher.step
         for group in batch:
-            lag = step - self.step_of_version[group.completions[0].spans[0][0]]
+            version = group.completions[0].spans[0][0]
+            assert version in self.surviving and group.id.epoch == self.dispatcher.branch, "of an abandoned branch"
+            lag = step - self.step_of_version[version]
             assert lag >= 0, "tokens of weights that are still to come"
             self.largest_lag = max(self.largest_lag, lag)
             self.trained.append(group.id.index)
-        self.version += 1
-        self.step_of_version[self.version] = step + 1
-        self.dispatcher.published(step + 1, self.version)
+        self.publish(step + 1)
         self.dispatcher.commit()
 
     @invariant()
@@ -375,7 +500,7 @@ class RandomSchedules(RuleBasedStateMachine):
             return
         for actor in ACTORS:
             self.lose_everything(actor)
-        for _ in range(10 * self.steps * self.dispatcher.groups_per_step):
+        for _ in range(20 * self.steps * self.dispatcher.groups_per_step):
             self.update_engine("a")
             self.issue("a")
             for actor, ticket, version in self.holding:
@@ -384,7 +509,9 @@ class RandomSchedules(RuleBasedStateMachine):
             self.train()
         counts, failed = self.dispatcher.counts(), {ticket_id.index for ticket_id in self.dispatcher.train.failed}
         assert len(self.trained) == counts["trained"] == self.steps * self.dispatcher.groups_per_step
-        assert sorted({*self.trained, *failed}) == list(range(counts["issued"]))
+        finished = {*self.trained, *failed}
+        assert finished <= set(range(counts["issued"] - counts["abandoned"])), "no index twice, none left out"
+        assert len(finished) + counts["filtered"] == counts["issued"] - counts["abandoned"]
         assert not {*self.trained} & failed
 
 

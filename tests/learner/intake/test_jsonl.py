@@ -7,9 +7,12 @@ import pytest
 from learner.intake.data import load_task
 from learner.intake.jsonl import parse_problem
 from learner.intake.problems import Problem
+from learner.intake.records import Reading
 from protocol.config import parse_recipe
 from protocol.errors import RecipeError
 from tests.tiny_model import make_tiny_tokenizer
+
+INTEGER = Reading(grader="integer")
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +38,12 @@ def numbered(count, start=0):
 
 
 def test_problem_lines_are_read_in_both_layouts():
-    assert parse_problem('{"prompt": "1 + 1?", "answer": 2}', "integer") == Problem("1 + 1?", "2")
-    assert parse_problem('{"prompt": "Capital?", "answer": " Paris "}', "exact") == Problem("Capital?", "Paris")
+    assert parse_problem('{"prompt": "1 + 1?", "answer": 2}', INTEGER) == Problem("1 + 1?", "2")
+    assert parse_problem('{"prompt": "Capital?", "answer": " Paris "}', Reading()) == Problem("Capital?", "Paris")
     chat = [{"role": "system", "content": "Hm"}, {"role": "user", "content": "Hi"}]
-    assert parse_problem(json.dumps({"prompt": chat, "answer": "1"}), "integer").prompt == tuple(chat)
+    assert parse_problem(json.dumps({"prompt": chat, "answer": "1"}), INTEGER).prompt == tuple(chat)
     worked = {"question": "Sell 1200?", "answer": "Half is 1200/2 = <<1200/2=600>>600.\nAll is 1,800.\n#### 1,800"}
-    assert parse_problem(json.dumps(worked), "integer") == Problem(
+    assert parse_problem(json.dumps(worked), INTEGER) == Problem(
         "Sell 1200?", "1800", "Half is 1200/2 = 600.\nAll is 1,800.\n#### 1800"
     )
 
@@ -60,11 +63,11 @@ def test_problem_lines_are_read_in_both_layouts():
      ('{"prompt": "p", "answer": "two"}', r"answer: found 'two', allowed with task.grader = \"integer\": an integer"),
      ('{"prompt": "p", "answer": "2", "solution": 2}', "solution: found 2, allowed: a text"),
      ('{"question": "q", "answer": "42"}', 'answer: found no "####"'),
-     ('{"question": " ", "answer": "#### 42"}', "question: found nothing")],
+     ('{"question": " ", "answer": "#### 42"}', "question: found ' ', allowed: a text")],
 )  # fmt: skip
 def test_problem_line_errors_say_what_was_found_and_allowed(line, error):
     with pytest.raises(ValueError, match=error):
-        parse_problem(line, "integer")
+        parse_problem(line, INTEGER)
 
 
 def test_file_errors_name_file_and_line(tokenizer, tmp_path):

@@ -11,6 +11,7 @@ from learner.methods.advantages import (
     group_mean_std,
     group_normalized_rewards,
     leave_one_out,
+    soft_overlong_punishment,
 )
 
 REWARDS = [[1.0, 0.0, 0.0, 0.0], [0.3, 0.9, -2.0, 4.0], [0.1, 0.1, 0.1, 0.1]]
@@ -48,6 +49,22 @@ def test_batch_normalized_knows_no_groups() -> None:
     expected = [[(reward - mean) / (deviation + 0.1) for reward in group] for group in REWARDS]
     torch.testing.assert_close(batch_normalized(torch.tensor(REWARDS), 0.1), torch.tensor(expected))
     assert batch_normalized(torch.full((3, 1), 0.1), 1e-8).eq(0).all()
+
+
+def test_soft_overlong_punishment_grows_over_the_buffer() -> None:
+    lengths = torch.tensor([[0, 11, 12, 13], [14, 15, 16, 20]])
+    expected = torch.tensor([[0.0, 0.0, 0.0, -0.5], [-1.0, -1.5, -2.0, -2.0]])
+    torch.testing.assert_close(soft_overlong_punishment(lengths, 16, buffer=4, penalty=2.0), expected)
+    assert soft_overlong_punishment(torch.tensor(15), 16, 1, 1.0).item() == 0.0
+    with pytest.raises(AssertionError, match="found a buffer of 0"):
+        soft_overlong_punishment(lengths, 16, 0, 1.0)
+
+
+def test_group_normalized_rewards_of_single_completions_say_nothing() -> None:
+    advantages, rewards, figures = group_normalized_rewards(lambda r, a: {"reward": 1.0}, ["1"], ["1"], 1)
+    assert (advantages.tolist(), rewards.tolist(), figures["reward_std"]) == ([0.0], [1.0], 0.0)
+    with pytest.raises(ValueError, match="found 0 for 0 answers"):
+        group_normalized_rewards(lambda r, a: {"reward": 1.0}, [], [], 2)
 
 
 @pytest.mark.parametrize("by_std", [True, False])

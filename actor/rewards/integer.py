@@ -1,17 +1,10 @@
-"""Graders: pure functions of (response, reference answer) to named scores.
-
-A grader knows no ticket, no model and no clock. It runs in a worker process of `grading.py`, which bounds its time;
-still, every grader here takes time linear in the response. A ticket names its grader, and the name is looked up in
-`GRADERS`: nothing is ever imported because of what came over the wire.
-"""
+"""The grader `integer`: one integer, committed to at the very end of the response. For arithmetic on small models."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 
-Scores = dict[str, float]
-Grader = Callable[[str, str], Scores]
+from actor.rewards.base import Scores, make_scores
 
 # Possessive quantifiers (++, *+) never backtrack, so a megabyte of digits or blanks costs one pass.
 _INTEGER = r"[-−]?(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9,])|[0-9]++(?!,[0-9]))"
@@ -41,34 +34,18 @@ def grade_integer(response: str, answer: str) -> Scores:
     candidates ("6\\n7") unless they hold no numeral at all, and a sentence may not be repeated with another integer
     ("It is 6.\\nIt is 7.").
 
-    Scores: "reward" = well-formed and right; "format" = well-formed; "answer" = the last integer of the text is right,
-    whatever its form. Raises ValueError where the reference answer is no integer.
+    Scores: "reward" = well-formed and right; "format_reward" = well-formed; "answer_reward" = the last integer of the
+    text is right, whatever its form. Raises ValueError where the reference answer is no integer.
     """
     expected = _canonical(answer.strip())
     if expected is None:
         raise ValueError(f'answer: found {answer[:40]!r}, allowed for the grader "integer": an integer')
     committed = _committed_integer(response)
-    return {
-        "reward": float(committed == expected),
-        "format": float(committed is not None),
-        "answer": float(_last_integer(response) == expected),
-    }
-
-
-def grade_exact(response: str, answer: str) -> Scores:
-    """Reward 1 where response and answer are equal once blanks at both ends are gone."""
-    return {"reward": float(response.strip() == answer.strip())}
-
-
-GRADERS: Mapping[str, Grader] = {"integer": grade_integer, "exact": grade_exact}
-
-
-def find_grader(name: str, graders: Mapping[str, Grader] = GRADERS) -> Grader:
-    """Look a grader up by name. Raises ValueError with the allowed names."""
-    try:
-        return graders[name]
-    except KeyError:
-        raise ValueError(f"grader: found {name!r}, allowed: {', '.join(sorted(graders))}") from None
+    return make_scores(
+        reward=committed == expected,
+        format_reward=committed is not None,
+        answer_reward=_last_integer(response) == expected,
+    )
 
 
 def _committed_integer(response: str) -> str | None:

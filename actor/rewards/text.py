@@ -1,0 +1,117 @@
+r"""Where in a response the answer stands: \boxed{}, tags, the tail. All in time linear in the text."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+MAX_TAIL_CHARS = 100_000
+"""Of a longer response only the end is searched for a box or a number."""
+
+_BOX = re.compile(r"\\(?:boxed|fbox)[ \t]*+\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?+")
+_JOINTS = frozenset({"or", "and", "nor", "not", "either", "maybe", "perhaps", "possibly", "then", "also", "to"})
+"""Words between the members of a list of candidates."""
+
+HEDGES = frozenset(
+    {"or", "nor", "not", "either", "neither", "maybe", "perhaps", "possibly", "between", "cannot", "unless", "except"}
+)
+"""Words that take an answer back or set another one beside it."""
+
+
+class Box(NamedTuple):
+    """The last box of a text."""
+
+    content: str
+    start: int
+    end: int
+    """Where `\\boxed` begins, and where what follows the closing brace begins."""
+
+
+def cut_tail(text: str) -> str:
+    """The last MAX_TAIL_CHARS characters, without the word that the cut went through."""
+    if len(text) <= MAX_TAIL_CHARS:
+        return text
+    tail = text[-MAX_TAIL_CHARS:]
+    blank = re.search(r"\s", tail)
+    return tail[blank.end() :] if blank else ""
+
+
+def has_box(text: str) -> bool:
+    """Whether a box is opened, closed or not."""
+    return _BOX.search(text) is not None
+
+
+def find_last_box(text: str) -> Box | None:
+    r"""The last `\boxed{…}` (or `\fbox{…}`), None where there is none, it is never closed, or boxes list candidates.
+
+    Candidates are listed where nothing but blanks, signs and words like "or" stands between the last two boxes and
+    their contents differ.
+    """
+    before, last = None, None
+    for match in _BOX.finditer(text):
+        before, last = last, match
+    if last is None:
+        return None
+    end = _find_closing(text, last.end())
+    if end is None:
+        return None
+    box = Box(text[last.end() : end - 1].strip(), last.start(), end)
+    if before is not None:
+        before_end = _find_closing(text, before.end())
+        if before_end is not None and before_end <= box.start:
+            earlier = text[before.end() : before_end - 1].strip()
+            if earlier != box.content and only_joins(text[before_end : box.start]):
+                return None
+    return box
+
+
+def _find_closing(text: str, start: int) -> int | None:
+    """The index after the brace that closes the one before `start`; an escaped brace is a character like any other."""
+    depth = 1
+    for match in _BRACE.finditer(text, start):
+        if match[0] == "{":
+            depth += 1
+        elif match[0] == "}":
+            depth -= 1
+            if not depth:
+                return match.end()
+    return None
+
+
+def only_joins(gap: str) -> bool:
+    """Whether a text between two answers is only what stands between members of a list."""
+    if any(mark in gap for mark in ("=", ":", "#", "→", "->", "=>")):
+        return False
+    return len(gap) <= 200 and all(word in _JOINTS for word in words_of(gap))
+
+
+def words_of(text: str) -> list[str]:
+    """Words in small letters, with their apostrophes."""
+    return [word.casefold().replace("’", "'") for word in _WORD.findall(text)]
+
+
+def has_hedge(text: str) -> bool:
+    """Whether a word takes something back or offers a choice: "or", "not", "isn't"."""
+    return any(word in HEDGES or word.endswith("n't") for word in words_of(text))
+
+
+def has_numeral(text: str) -> bool:
+    """Digits of any script, fractions and superscripts included."""
+    return any(character.isnumeric() for character in text)
+
+
+def find_tagged_answer(response: str) -> str | None:
+    """What stands in the answer block of `[<think>] … </think> <answer> … </answer>`; None for any other form.
+
+    Each tag once, in this order, nothing but blanks before `<think>`, between the blocks and at the end.
+    """
+    if any(response.count(tag) != 1 for tag in ("</think>", "<answer>", "</answer>")):
+        return None
+    if response.count("<think>") > 1 or ("<think>" in response and not response.lstrip().startswith("<think>")):
+        return None
+    rest = response.partition("</think>")[2].strip()
+    if not rest.startswith("<answer>") or not rest.endswith("</answer>"):
+        return None
+    return rest.removeprefix("<answer>").removesuffix("</answer>").strip()

@@ -1,0 +1,135 @@
+"""What the guard is worth on a run that collapses: lr 5e-5, at most 8 new tokens, with and without going back.
+
+python -m benchmarks.guard [--seeds 0 1 2] [--steps N] [--out FILE]
+
+For each seed `tandem train` runs twice by the demo's recipe with the changes below, once with guard.policy = "off" and
+once with "rollback"; which one goes first alternates. Prints a table and stores figures and reward curves in
+benchmarks/results/. By hand, not part of `make bench`: a run takes about 15 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.run import RESULTS, machine
+from protocol.rundir import RunDir, read_json, read_jsonl
+
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.toml"
+COLLAPSING = (
+    "optim.lr=5e-5",
+    'optim.schedule="constant"',
+    "rollout.groups_per_step=16",
+    "rollout.group_size=8",
+    "rollout.max_tokens=8",
+    "checkpoint.every_steps=2",
+    "checkpoint.keep=4",
+)
+"""The task and the rates at which SmolLM2 is known to collapse within ten steps (docs/algorithms.md, "The guard")."""
+POLICIES = ("off", "rollback")
+STEPS = 24
+RUN_LIMIT_S = 3600
+
+
+def run(policy: str, seed: int, steps: int, directory: Path) -> dict[str, Any]:
+    """Train once; returns what the run says of itself. A run that fails is a row with its exit code, not the end."""
+    name = f"{policy}-{seed}"
+    command = [sys.executable, "-m", "deploy.cli", "train", str(RECIPE), "--runs", str(directory), "--name", name]
+    for override in (*COLLAPSING, f'guard.policy="{policy}"', f"seed={seed}", f"steps={steps}"):
+        command += ["--set", override]
+    began = time.monotonic()
+    with open(directory / f"{name}.log", "w") as log:
+        code = subprocess.run(
+            command, check=False, timeout=RUN_LIMIT_S, stdout=log, stderr=subprocess.STDOUT
+        ).returncode
+    run_dir = RunDir(directory / name)
+    summary, rows = read_json(run_dir.summary) or {}, read_jsonl(run_dir.metrics)
+    rollbacks = summary.get("rollbacks", 0)
+    return {
+        "policy": policy,
+        "seed": seed,
+        "exit_code": code,
+        "wall_s": time.monotonic() - began,
+        "steps": summary.get("steps"),
+        "eval_before": summary.get("eval_before"),
+        "eval_after_warm_start": summary.get("eval_after_warm_start"),
+        "eval_after": summary.get("eval_after"),
+        "rollbacks": rollbacks if isinstance(rollbacks, int) else len(rollbacks),
+        "curve": [{key: row.get(key) for key in ("step", "reward_mean", "zero_variance_share", "lr")} for row in rows],
+    }
+
+
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean held-out reward at the end by policy, and what the guard gains, seed by seed."""
+    after = {(row["policy"], row["seed"]): row["eval_after"] for row in runs if row["eval_after"] is not None}
+    both = [seed for policy, seed in after if policy == "off" and ("rollback", seed) in after]
+    gains = {seed: after["rollback", seed] - after["off", seed] for seed in both}
+    by_policy = {policy: [reward for (found, _), reward in after.items() if found == policy] for policy in POLICIES}
+    means = {f"eval_after_{policy}": statistics.mean(found) if found else None for policy, found in by_policy.items()}
+    return means | {"gain_by_seed": gains, "gain_mean": statistics.mean(gains.values()) if gains else None}
+
+
+def print_runs(console: Console, runs: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    columns = (
+        "seed",
+        "policy",
+        "warm start",
+        "best step",
+        "last step",
+        "after",
+        "rollbacks",
+        "steps",
+        "minutes",
+        "exit",
+    )
+    table = Table(*columns, title="held-out reward of a run that collapses; rewards of training steps beside it")
+    for row in runs:
+        rewards = [step["reward_mean"] for step in row["curve"]]
+        best, last = (max(rewards), rewards[-1]) if rewards else (None, None)
+        figures = (row["eval_after_warm_start"], best, last, row["eval_after"])
+        shown = ["–" if figure is None else f"{figure:.3f}" for figure in figures]
+        rest = (row["rollbacks"], row["steps"], f"{row['wall_s'] / 60:.1f}", row["exit_code"])
+        table.add_row(str(row["seed"]), row["policy"], *shown, *map(str, rest))
+    console.print(table)
+    if summary["gain_mean"] is not None:
+        console.print(f"what going back gains in held-out reward, mean over seeds: {summary['gain_mean']:+.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<date>-<commit>-guard.json")
+    options = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    about = machine() | {"command": " ".join(["python -m benchmarks.guard", *sys.argv[1:]])}
+    out = options.out or RESULTS / f"{about['date']}-{about['commit'] or 'uncommitted'}-guard.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="tandem-bench-") as directory:
+        for number, seed in enumerate(options.seeds):
+            for policy in POLICIES if number % 2 == 0 else reversed(POLICIES):
+                console.print(f"seed {seed}, guard.policy = {policy}")
+                runs.append(run(policy, seed, options.steps, Path(directory)))
+                results = {"machine": about, "overrides": COLLAPSING, "runs": runs, "summary": summarize(runs)}
+                out.write_text(json.dumps(results, indent=1) + "\n")  # each time: what was measured is not lost
+                if runs[-1]["exit_code"]:
+                    console.print(f"exit code {runs[-1]['exit_code']}:", markup=False)
+                    log = (Path(directory) / f"{policy}-{seed}.log").read_text("utf-8", "replace")
+                    console.print("\n".join(log.splitlines()[-15:]), markup=False)
+    print_runs(console, runs, summarize(runs))
+    console.print(f"stored in {out}")
+
+
+if __name__ == "__main__":
+    main()

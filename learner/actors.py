@@ -1,0 +1,147 @@
+"""The learner's end of everything that concerns actors: sockets, tickets, journal and outgoing versions of a run.
+
+`Actors` puts the parts of `intake/` and `publish.py` together from a recipe, and takes them apart again; `loop.py` uses
+it as a context. A run that draws nothing from the model has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from learner.intake.dispatcher import Dispatcher
+from learner.intake.journal import Journal, read_failed, read_groups_with_offsets
+from learner.intake.server import ActorsSeen, IntakeServer
+from learner.intake.source import Source, WaitReporter
+from learner.methods.grpo import equal_rewards
+from learner.model import PolicyModel
+from learner.publish import Publisher, Versions
+from protocol.codec import Limits
+from protocol.config import Recipe
+from protocol.messages import Ticket, TicketId, Welcome
+from protocol.rundir import RunDir, read_json, write_json
+from protocol.sockets import Hub
+
+log = logging.getLogger(__name__)
+
+LEAVE_TIMEOUT_S = 5.0
+MAX_FILTERED_BATCHES = 8
+"""`rollout.max_filtered_per_step`'s default, in batches of groups."""
+
+
+class Actors:
+    """Hub, dispatcher and journal in their thread (`server`), the learner's view of them (`source`), the publisher."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        hub: Hub,
+        welcome: Welcome,
+        versions: Versions,
+        vocabulary: int,
+        make_ticket: Callable[[TicketId], Ticket],
+        report: WaitReporter,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        rollout = recipe.rollout
+        limit = rollout.max_filtered_per_step or MAX_FILTERED_BATCHES * rollout.groups_per_step
+        dispatcher = Dispatcher(
+            make_ticket,
+            groups_per_step=rollout.groups_per_step,
+            max_lag=rollout.max_lag,
+            steps=recipe.steps,
+            max_attempts=rollout.max_attempts,
+            is_filtered=equal_rewards,
+            max_filtered_per_step=limit if rollout.dynamic_sampling else 0,
+        )
+        self.run, self.versions = run, versions
+        self.journal = Journal(run.journal, fsync=recipe.wire.journal_fsync)
+        self.server = IntakeServer(hub, dispatcher, self.journal, welcome, recipe.wire, rollout.straggler_s, vocabulary)
+        self.server.newest_before = versions.next - 1
+        self.source = Source(self.server, report, should_stop)
+        self.publisher = Publisher(versions, self.server.reserved, self.server.offer)
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Give the dispatcher what the checkpoint and the journal say of every ticket, before any actor is heard."""
+        start = checkpoint["replay_offset"]
+        found = list(read_groups_with_offsets(self.run.journal, start))
+        dispatcher = self.server.dispatcher
+        kept = dispatcher.restore(
+            checkpoint["tickets"],
+            [group for _, group in found],
+            self.versions.next,
+            read_failed(self.run.journal, start),
+            self.versions.steps,
+        )
+        offsets = {group.id.index: offset for offset, group in found if group.id.epoch == dispatcher.branch}
+        self.server.offsets = {index: offsets[index] for index in kept if dispatcher.holds(index)}
+        self.server.known = ActorsSeen(**checkpoint["run"]["earlier"].get("seen", {}))
+        log.info("%d groups of unfinished tickets come from the journal", len(kept))
+
+    def publish(self, model: PolicyModel, step: int, branch: int) -> int:
+        return self.publisher.publish(model, step, branch)
+
+    def tickets(self) -> tuple[dict[str, Any], int]:
+        """For a checkpoint: the dispatcher's state, and from where on the journal has what belongs to it."""
+        self.journal.sync()
+        with self.server.lock:
+            return self.server.dispatcher.state(), self.source.replay_offset()
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Within: actors find the learner (endpoint.json) and are served."""
+        hub = self.server.hub
+        self.server.start()
+        write_json(self.run.endpoint, {"work": hub.work_endpoint})
+        log.info("the learner listens at %s", hub.work_endpoint)
+        try:
+            yield
+        finally:
+            self.publisher.close()
+            self.server.drain("the learner stops")
+            self.source.wait_until_left(LEAVE_TIMEOUT_S)
+            self.server.stop()
+            self.journal.close()
+
+    def leave(self, timeout_s: float) -> None:
+        """Send the actors home: the run is over, and nobody will be at its address again."""
+        self.server.drain("the run is over")
+        self.source.wait_until_left(timeout_s)
+        self.run.endpoint.unlink(missing_ok=True)
+
+
+def bind(recipe: Recipe, run: RunDir) -> Hub:
+    """The hub on the recipe's port, or else on that of the run's earlier process, if it is free: actors that outlived
+    it find this one at once. Otherwise on any: they look into endpoint.json."""
+    wire, endpoint = recipe.wire, read_json(run.endpoint)
+    limits = Limits(max_frame_bytes=wire.max_frame_mib << 20)
+    if not wire.port and endpoint:
+        with contextlib.suppress(OSError):
+            return Hub(wire.host, int(endpoint["work"].rpartition(":")[2]), limits)
+    return Hub(wire.host, wire.port, limits)
+
+
+def welcome(recipe: Recipe, run: RunDir, model_path: Path, hub: Hub) -> Welcome:
+    """What an actor is told when it joins."""
+    return Welcome(
+        run=run.label,
+        model=str(model_path),
+        dtype=recipe.model.dtype,
+        max_model_len=recipe.model.max_model_len,
+        bulk=hub.bulk_endpoint,
+        news=hub.news_endpoint,
+        heartbeat_s=recipe.wire.heartbeat_s,
+        dead_after_s=recipe.wire.dead_after_s,
+        seed=recipe.seed,
+        group_size=recipe.rollout.group_size,
+        kv=recipe.weights.kv,
+        chunk_bytes=recipe.weights.chunk_mib << 20,
+        window=recipe.weights.window,
+        grader_timeout_s=recipe.actor.grader_timeout_s,
+        engine=recipe.actor.model_dump(exclude={"count", "cpus", "start_timeout_s", "grader_timeout_s"}),
+    )

@@ -1,0 +1,34 @@
+"""The reference policy: the weights that KL and DPO hold on to, frozen at one moment and kept in the run directory.
+
+Called by the loop. One copy of the model in `model.dtype`, in memory and on disk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from learner.model import PolicyModel
+
+
+class Reference:
+    """Empty until `keep` has taken a copy, in this process or in one before it."""
+
+    def __init__(self, model: PolicyModel, path: Path) -> None:
+        self._model, self._path = model, path
+        self.weights: dict[str, Tensor] = {}
+
+    def keep(self) -> None:
+        """The model as it is now is the reference from here on."""
+        self.weights = self._model.frozen_copy()
+        partial = self._path.with_suffix(".part")
+        save_file({name: tensor.cpu().contiguous() for name, tensor in self.weights.items()}, partial)
+        partial.replace(self._path)
+
+    def load(self) -> None:
+        """Take up what an earlier process kept, if it kept any."""
+        if not self.weights and self._path.exists():
+            loaded = load_file(self._path)
+            self.weights = {name: tensor.to(self._model.device) for name, tensor in loaded.items()}
