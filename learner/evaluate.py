@@ -221,7 +221,7 @@ def response_row(group: Group, sample: int, example: Example) -> dict[str, Any]:
         "problem": group.id.index,
         "sample": sample,
         "prompt": example.prompt,
-        "answer": example.answer,
+        "answer": example.shown_answer,
         "response": completion.text,
         "finish_reason": completion.finish_reason,
         "tokens": completion.num_tokens,

@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("spec", help="as task.grader in a recipe; a module:function of yours is imported")
     parser.add_argument("response", nargs="?", metavar="TEXT", help="the response; default: standard input")
     parser.add_argument("--answer", required=True, help="the reference answer")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     response = sys.stdin.read() if options.response is None else options.response
     try:
         graders = {**GRADERS, **load_user_functions(user_functions_of(options.spec), os.getcwd())}

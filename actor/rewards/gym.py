@@ -21,12 +21,14 @@ from actor.rewards.text import has_numeral
 FAMILY = "reasoning_gym"
 MAX_ANSWER_CHARS = 20_000
 
-_ARITHMETIC = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?|[-+*/() ])*+")
+_ARITHMETIC = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?|\*(?!\*)|[-+/() ])*+")
 _LIST = re.compile(r"(?:[A-Za-z0-9_'\",\[\]\s-]|(?<=[0-9])\.(?=[0-9]))*+")
 _FUNCTIONS = r"sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|exp|log|ln|sqrt|pi|Abs"
 _ALGEBRA = re.compile(
     rf"(?:[0-9]+(?:\.[0-9]+)?|(?<![A-Za-z_])(?:{_FUNCTIONS}|[A-Za-z])(?![A-Za-z_0-9])|[-+*/^() \n])*+"
 )
+_TOWER = re.compile(r"(?:\*\*|\^)[ (]*[-+]?(?:[0-9]{4,}|[0-9A-Za-z.]+[ )]*(?:\*\*|\^))")
+"""Powers of powers, and large ones: evaluating them takes longer than anybody waits."""
 _HEX = re.compile(r"(?:0x[0-9a-fA-F]+|[0-9]+|[-+*/<>&|^~() ])*+")
 EVALUATED: Mapping[str, tuple[re.Pattern[str], tuple[str, ...]]] = {
     "binary_matrix": (_LIST, ()),
@@ -141,7 +143,11 @@ def _best(
 def _score(
     score: Callable[[str, Any], float], name: str, candidate: str, problem: dict[str, Any], expected: str
 ) -> float:
-    if len(candidate) > MAX_ANSWER_CHARS or (name in EVALUATED and not EVALUATED[name][0].fullmatch(candidate)):
+    if len(candidate) > MAX_ANSWER_CHARS:
+        return 0.0
+    if expected.isascii() and any(character.isnumeric() and not character.isascii() for character in candidate):
+        return 0.0  # Python reads digits of any script
+    if name in EVALUATED and (not EVALUATED[name][0].fullmatch(candidate) or _TOWER.search(candidate)):
         return 0.0
     if name in _FORMS and not _FORMS[name].fullmatch(candidate):
         return 0.0

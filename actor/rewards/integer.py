@@ -14,6 +14,7 @@ _RESTATEMENT = re.compile(rf"{_INTEGER}(?:\s*+{_OPERATOR}\s*+{_INTEGER})++\s*+{_
 _WHOLE_INTEGER = re.compile(_INTEGER)
 
 _HEDGES = {"or", "nor", "and", "not", "than", "minus", "plus", "times", "negative"}
+_HEDGES |= {"\\pm", "\\mp", "\\ne", "\\neq"}
 _HEDGES |= {"about", "around", "approximately", "roughly", "maybe", "perhaps"}
 """Words that take back, or change, the integer that they stand before."""
 _SIGNS_BEFORE_ANSWER = frozenset({"", "=", ":", "$", ",", "####"})

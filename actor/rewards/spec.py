@@ -20,7 +20,7 @@ LENGTH = "length"
 GYM = "reasoning_gym"
 
 _TERM = re.compile(
-    r"\s*(?P<sign>[-+]?)\s*(?:(?P<weight>[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+)\s*\*\s*)?"
+    r"\s*(?P<sign>[-+]?)\s*(?:(?P<weight>(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*\*\s*)?"
     r"(?P<name>[A-Za-z_]\w*(?:(?:\.[A-Za-z_]\w*)*:\w+)?)(?:\.(?P<score>[A-Za-z_]\w*))?\s*",
     re.ASCII,
 )

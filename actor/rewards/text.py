@@ -10,6 +10,7 @@ MAX_TAIL_CHARS = 100_000
 
 _BOX = re.compile(r"\\(?:boxed|fbox)[ \t]*+\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_TAG = re.compile(r"</?(?:think|answer)>")
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?+")
 _JOINTS = frozenset({"or", "and", "nor", "not", "either", "maybe", "perhaps", "possibly", "then", "also", "to"})
 """Words between the members of a list of candidates."""
@@ -82,6 +83,7 @@ def _find_closing(text: str, start: int) -> int | None:
 
 def only_joins(gap: str) -> bool:
     """Whether a text between two answers is only what stands between members of a list."""
+    gap = _TAG.sub(" ", gap)
     if any(mark in gap for mark in ("=", ":", "#", "→", "->", "=>")):
         return False
     return len(gap) <= 200 and all(word in _JOINTS for word in words_of(gap))

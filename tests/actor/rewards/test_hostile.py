@@ -1,0 +1,104 @@
+"""Every built-in grader against hostile text: an answer within the limit, never a crash, never a reward."""
+
+import time
+
+import pytest
+
+from actor.grading import GraderPool
+from actor.rewards import GRADERS, SCORE_NAMES, find_grader
+
+MEGABYTE = 10**6
+TEXTS = {
+    "empty": "",
+    "digits": "1" * MEGABYTE,
+    "commas": "1," * (MEGABYTE // 2),
+    "slashes": "1/" * (MEGABYTE // 2),
+    "points": ".1" * (MEGABYTE // 2),
+    "blanks": " " * MEGABYTE,
+    "lines": "\n" * MEGABYTE,
+    "opened": "{" * MEGABYTE,
+    "closed": "}" * MEGABYTE,
+    "backslashes": "\\" * MEGABYTE,
+    "dollars": "$" * MEGABYTE + "17",
+    "stars": "*" * MEGABYTE + "17",
+    "minuses": "-" * MEGABYTE + "18",
+    "nulls": "\0" * MEGABYTE + "17",
+    "surrogates": "\ud800" * MEGABYTE,
+    "open tags": "<answer>" * (MEGABYTE // 8),
+    "thoughts": "</think> <answer>" * (MEGABYTE // 17),
+    "blocks": "</think> <answer>17</answer> <answer>18</answer>" * (MEGABYTE // 48),
+    "boxes": "".join(f"\\boxed{{{i}}} " for i in range(50_000)),
+    "open boxes": "\\boxed{" * (MEGABYTE // 7),
+    "spaced boxes": "\\boxed" + " " * MEGABYTE,
+    "fractions": "\\frac{1}{" * (MEGABYTE // 9),
+    "sums": "1+" * (MEGABYTE // 2) + "1=17",
+    "equations": "x=" * (MEGABYTE // 2) + "17",
+    "choices": "17 or " * (MEGABYTE // 6) + "18",
+    "words": "the answer is " * (MEGABYTE // 14) + "17",
+    "candidates": "\n".join(str(i) for i in range(19)),
+    "tower": "9**9**9",
+    "LaTeX tower": "9^{9^{9}}",
+    "nan": "nan",
+    "inf": "inf",
+    "arabic": "١٨",
+    "wide": "１８",
+    "both": "18 or 19",
+    "both, the right one last": "19 or 18",
+    "sign": "-18",
+    "signs": "--18",
+    "double": "\\pm 18",
+    "zero": "\\frac{18}{0}",
+}
+LIMIT_S = 5.0
+"""Linear time takes a twentieth of this; quadratic time would be hours."""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("grader", GRADERS)
+def test_no_grader_is_slowed_down_or_taken_in(grader, text):
+    for response in (
+        text,
+        f"x</think> <answer>{text}</answer>",
+        f"\\boxed{{{text}}}",
+        f"<answer>{text}</answer> {text}",
+    ):
+        began = time.monotonic()
+        scores = find_grader(grader)(response, "18")
+        assert time.monotonic() - began < LIMIT_S
+        assert set(scores) == set(SCORE_NAMES)
+        assert scores["reward"] == 0.0
+        assert all(value in (0.0, 1.0) for value in scores.values())
+
+
+async def test_mathematics_that_does_not_end_costs_the_sample_alone():
+    """What passes the cheap checks and keeps sympy busy is ended from outside."""
+    endless = [
+        "\\sum_{i=1}^{999} \\sin(i)^{999}",
+        "9^{999}!^{999}",
+        "\\prod_{k=1}^{999} k!",
+        "\\int_0^{9} x^{99} \\sin(x)^{99} dx",
+    ]
+    async with GraderPool(1, 1.5) as pool:
+        graded = await pool.grade_group("math", [f"\\boxed{{{text}}}" for text in endless], "\\sqrt{2}")
+        assert [scores["reward"] for scores, _ in graded] == [0.0] * len(endless)
+        assert all(error in ("", "time limit of 1.5 s") for _, error in graded)
+        assert (await pool.grade("integer", "7", "7"))[0]["reward"] == 1.0
+
+
+async def test_imports_of_a_grader_are_not_part_of_a_samples_time():
+    problem = '{"question": "3 + 4", "answer": "7", "metadata": {}}'
+    async with GraderPool(1, 0.7) as pool:
+        assert (await pool.grade("reasoning_gym:chain_sum", "7", problem))[0]["reward"] == 1.0
+        assert (await pool.grade("0.5*math + 0.5*r1_zero", "\\boxed{2\\sqrt{2}}", "\\sqrt{8}"))[0]["reward"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "reference", ["", "\x00", "\ud800", "{" * 10_000, "\\boxed{" * 1000, "9" * MEGABYTE, "nan", "#### "]
+)
+@pytest.mark.parametrize("grader", GRADERS)
+def test_hostile_references_are_errors_or_no_reward(grader, reference):
+    try:
+        assert find_grader(grader)("x</think> <answer>18</answer>", reference)["reward"] == 0.0
+    except ValueError as error:
+        assert str(error).startswith("answer: found")
