@@ -72,7 +72,7 @@ class Learner:
         self.state: dict[str, Any] = {
             "step": 0, "ready": False, "evals": {}, "learner_tokens": 0, "train_s": 0.0, "rollout_tokens": 0,
             "training_s": 0.0, "lag_sum": 0.0, "lag_max": 0.0, "wall_s": 0.0, "rewards": [], "prompt_fingerprint": "",
-            "earlier": {}, "branch": 0, "lr_scale": 1.0, "rollbacks": 0, "guard": {},
+            "earlier": {}, "branch": 0, "lr_scale": 1.0, "rollbacks": 0, "guard": {}, "budget_tokens": 0,
         }  # fmt: skip
         self.restored: dict[str, Any] | None = None
         self._restore()
@@ -236,7 +236,7 @@ class Learner:
         recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
         marked = time.monotonic()
         try:
-            while self.state["step"] < self.feed.steps and not self.should_stop():
+            while not self._trained() and not self.should_stop():
                 verdict = self._guarded_step(recent)
                 self.state["training_s"] += time.monotonic() - marked
                 marked = time.monotonic()
@@ -244,7 +244,7 @@ class Learner:
                     self._checkpoint_if_due()
         except Interrupted:
             pass
-        if self.should_stop() and self.state["step"] < self.feed.steps:
+        if self.should_stop() and not self._trained():
             if source:
                 source.pause_training()
             self._checkpoint()
@@ -253,6 +253,11 @@ class Learner:
             source.pause_training()
             self.evaluations.finish(self._take_timeout())
         self._checkpoint()
+
+    def _trained(self) -> bool:
+        """Whether the steps are done, or the budget of tokens is spent."""
+        budget = self.recipe.token_budget
+        return self.state["step"] >= self.feed.steps or 0 < budget <= self.state["budget_tokens"]
 
     def _guarded_step(self, recent: deque[tuple[float, float]]) -> Verdict:
         """One step, its figures, and what the guard makes of them."""
@@ -264,7 +269,7 @@ class Learner:
                 raise
             return self.guard.broken(self.state["step"] + 1, str(error))
         verdict = self.guard.see(self.state["step"], figures) if policy != "off" else Verdict()
-        if self.actors and self.state["step"] < self.feed.steps:
+        if self.actors and not self._trained():
             figures |= self.evaluations.tick(self.state["step"], self._current_version)
         self._report(figures | {"suspect_signals": float(len(verdict.suspect))}, recent)
         return verdict
@@ -290,6 +295,7 @@ class Learner:
         step_s = time.monotonic() - began
         recent.append((step_s, figures.get("completion_tokens", figures["tokens"])))
         self.state["learner_tokens"] += figures["tokens"]
+        self.state["budget_tokens"] += int(figures.get("sampled_tokens", figures["tokens"]))
         self.state["train_s"] += train_s
         return figures | {
             "branch": self.state["branch"],
@@ -394,7 +400,7 @@ class Learner:
 
     def _checkpoint_if_due(self) -> None:
         every, step = self.recipe.checkpoint.every_steps, self.state["step"]
-        if every and step % every == 0 and step < self.feed.steps:
+        if every and step % every == 0 and not self._trained():
             self._checkpoint()
 
     def _checkpoint(self) -> None:

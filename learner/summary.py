@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def run_summary(recipe: Recipe, state: dict[str, Any], actors: Actors | None, versions: Versions) -> dict[str, Any]:
     """Figures of a run so far.
 
-    `rollout_tokens` are the completion tokens of the groups that became steps, `tokens_per_s` is over the wall time of
+    `rollout_tokens` are the completion tokens of the groups that became steps, `budget_tokens` what counts against
+    `token_budget` (those and filtered ones; of sft and dpo the trained ones), `tokens_per_s` is over the wall time of
     these steps: end to end. `rollout_tokens_per_s` is what the actors draw while they generate, `learner_tokens_per_s`
     what goes through forward and backward (`learner_tokens`; completions of zero advantage are left out) over the time
     inside gradient steps. `weights.seconds_p50` is an actor's fetch, check and staging of a version,
@@ -46,6 +47,7 @@ def run_summary(recipe: Recipe, state: dict[str, Any], actors: Actors | None, ve
         "eval_after_warm_start": reward.get("after_warm_start"),
         "eval_after": reward.get("after"),
         "rollout_tokens": state["rollout_tokens"],
+        "budget_tokens": state["budget_tokens"],
         "rollout_tokens_per_s": _rate(process["max"] * process["generated_tokens"], process["busy_s"]),
         "tokens_per_s": _rate(state["rollout_tokens"], state["training_s"]),
         "learner_tokens": state["learner_tokens"],

@@ -42,10 +42,11 @@ ROLLOUT_METHODS = ("grpo", "expert_iteration")
 DEFAULT_STEPS = 15
 
 RESUMABLE_KEYS = (
-    "steps", "optim.lr", "optim.schedule", "optim.min_lr_ratio", "optim.max_grad_norm", "checkpoint.every_steps",
-    "checkpoint.keep", "actor.count", "actor.max_running", "actor.kv_cache_gib", "actor.threads", "actor.gpus",
-    "learner.microbatch_tokens", "learner.packing", "learner.threads", "learner.device", "wire.port",
-    "eval.examples_shown", "eval.every_steps", "eval.share", "guard.policy", "guard.lr_factor", "guard.max_rollbacks",
+    "steps", "token_budget", "optim.lr", "optim.schedule", "optim.min_lr_ratio", "optim.max_grad_norm",
+    "checkpoint.every_steps", "checkpoint.keep", "actor.count", "actor.max_running", "actor.kv_cache_gib",
+    "actor.threads", "actor.gpus", "learner.microbatch_tokens", "learner.packing", "learner.threads",
+    "learner.device", "wire.port", "eval.examples_shown", "eval.every_steps", "eval.share", "guard.policy",
+    "guard.lr_factor", "guard.max_rollbacks",
 )  # fmt: skip
 """Keys that `--resume` may change: none of them alters what the finished steps meant."""
 
@@ -56,6 +57,9 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     steps: Annotated[int, Field(ge=0)] = DEFAULT_STEPS
     """sft, dpo: at most so many updates; 0, there the default: as many as the epochs make."""
+    token_budget: Annotated[int, Field(ge=0)] = 0
+    """Response tokens after which training ends with the step in hand: drawn ones (grpo, expert_iteration), or trained
+    on (sft, dpo). 0: `steps` says how long."""
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     rollout: RolloutConfig = RolloutConfig()

@@ -79,6 +79,7 @@ def group_stats(groups: Sequence[Group], rows: Sequence[Row], filtered: Sequence
         "reward_std": float(rewards.std()),
         "zero_variance_share": float(np.mean([len(set(group)) <= 1 for group in graded])),
         "completion_tokens": float(sum(group.num_tokens for group in groups)),
+        "sampled_tokens": float(sum(group.num_tokens for group in sampled)),
         "completion_tokens_mean": float(np.mean([completion.num_tokens for completion in completions])),
         "truncated_completions_share": float(np.mean([c.finish_reason == "length" for c in completions])),
         "grader_errors": float(sum(bool(completion.grader_error) for completion in completions)),

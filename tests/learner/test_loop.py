@@ -1,5 +1,5 @@
-"""Whole runs of the learner in this process, with an actor on the fake engine in a thread: what each method leaves behind,
-evaluations beside training, the guard and its way back, and going on after a stop."""
+"""Whole runs of the learner in this process, with an actor on the fake engine in a thread: what each method leaves
+behind, evaluations beside training, the guard and its way back, and going on after a stop."""
 
 from __future__ import annotations
 
@@ -206,6 +206,15 @@ def test_an_evaluation_measures_one_version_and_trains_nothing(tmp_path: Path, m
     assert read_json(run.summary)["eval"] == result["reward"]
 
 
+def test_a_budget_of_tokens_ends_training_with_the_step_that_reaches_it(tmp_path: Path, model: Path) -> None:
+    recipe = recipe_of(steps=100, token_budget=150, rollout={"group_size": 2, "dynamic_sampling": True})
+    finished, run = learn(recipe, tmp_path, model)
+    drawn, summary = column(run, "sampled_tokens"), read_json(run.summary)
+    assert finished and sum(drawn) >= 150 > sum(drawn[:-1]), "filtered groups count, too"
+    assert summary["budget_tokens"] == sum(drawn) > summary["rollout_tokens"]
+    assert summary["eval_after"] is not None and run.model.exists()
+
+
 # --- evaluations beside training --------------------------------------------------------------------------------------
 
 
@@ -239,7 +248,7 @@ def test_guard_warns_and_goes_on(tmp_path: Path, model: Path, caplog: pytest.Log
 
 def test_guard_stops_at_the_last_good_checkpoint(tmp_path: Path, model: Path) -> None:
     recipe = recipe_of(guard={"policy": "stop", **TRIPS_ON_EVERY_UPDATE}, checkpoint={"every_steps": 1})
-    with pytest.raises(GuardStop, match="ended the run: step 1: KL to the engine .* good checkpoint is of step 0"):
+    with pytest.raises(GuardStop, match=r"ended the run: step 1: KL to the engine .* good checkpoint is of step 0"):
         learn(recipe, tmp_path, model)
     assert RunDir(tmp_path).checkpoint_steps() == [0]
     finished, run = learn(recipe_of(guard={"policy": "off"}, checkpoint={"every_steps": 1}), tmp_path, model)
