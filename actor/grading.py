@@ -202,8 +202,9 @@ class _Worker:
             self._prepared.add(grader)
 
     async def ask(self, frame: bytes) -> Reply:
-        """Waits for the worker to read and to answer; the caller's time limit bounds both."""
-        assert self._writer is not None
+        """Waits for the worker to read and to answer; the caller's time limit bounds both. Raises OSError, EOFError."""
+        if self._writer is None:
+            raise EOFError("the pool was closed meanwhile")
         self._writer.write(frame)
         await self._writer.drain()
         return await self._receive()

@@ -1,5 +1,6 @@
 """Every built-in grader against hostile text: an answer within the limit, never a crash, never a reward."""
 
+import contextlib
 import time
 
 import pytest
@@ -98,7 +99,20 @@ async def test_imports_of_a_grader_are_not_part_of_a_samples_time():
 )
 @pytest.mark.parametrize("grader", GRADERS)
 def test_hostile_references_are_errors_or_no_reward(grader, reference):
-    try:
+    """A grader either refuses the reference by name, or gives nothing."""
+    with contextlib.suppress(ReferenceRefused), refusals_by_name():
         assert find_grader(grader)("x</think> <answer>18</answer>", reference)["reward"] == 0.0
+
+
+class ReferenceRefused(Exception):
+    """A ValueError that names the reference."""
+
+
+@contextlib.contextmanager
+def refusals_by_name():
+    try:
+        yield
     except ValueError as error:
-        assert str(error).startswith("answer: found")
+        if str(error).startswith("answer: found"):
+            raise ReferenceRefused from error
+        raise
