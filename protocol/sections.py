@@ -223,7 +223,7 @@ class GuardConfig(Section):
     """Steps in a row that a signal must last; also the steps over which the reward is averaged."""
     reward_drop: Fraction = 0.5
     """Reward below this share of the best so far. 0: not watched."""
-    entropy_low: NotNegative = 0.1
+    entropy_low: NotNegative = 0.15
     """Entropy of the sampled tokens below this multiple of the first steps'. 0: not watched."""
     entropy_high: NotNegative = 4.0
     zero_variance_share: Fraction = 0.9

@@ -31,6 +31,8 @@ NEAR_BEST = 0.8
 """From this share of the best reward on, short answers, sure answers and distance from the reference are success."""
 HIGH_REWARD = 0.5
 """From this share of the solved reward on, and near the best one, equal groups are convergence, not collapse."""
+STUCK_SHARE = 0.85
+"""Share of equal groups, over a window, beside which a lost entropy is a dead end, however good the reward ever was."""
 EXPLODED_NATS = 1.0
 """Below this entropy no multiple of the first steps' is an explosion: a model that was sure may become less so."""
 CUT_SHARE = 0.5
@@ -247,7 +249,7 @@ class Guard:
         low, high, readings = self.config.entropy_low, self.config.entropy_high, Readings()
         phrase = f"entropy {entropy:.3f} nats, {first:.3f} at the start"
         if low:
-            over = entropy < low * first and not self._near_best()
+            over = entropy < low * first and not self._converged() and not self._solved()
             event = f"entropy fell to {entropy:.3f} nats from {first:.3f} at the start"
             readings["entropy_low"] = (phrase, event) if over else None
         if high:
@@ -319,6 +321,8 @@ class Guard:
             return False
         if name == "reward":
             return now.reward.fell()
+        if name == "entropy_low":
+            return not self._near_best() or self._stuck()
         return name != "zero_variance" or now.differing.fell()
 
     def _learn(self, figures: Mapping[str, float], readings: Readings) -> None:
@@ -369,6 +373,11 @@ class Guard:
         """Whether the mean reward of the last steps is high and as good as ever: the policy has made up its mind."""
         mean, _ = self._now.reward.mean()
         return mean >= HIGH_REWARD * self.config.solved_reward and self._near_best()
+
+    def _stuck(self) -> bool:
+        """Whether groups have had equal rewards for a whole window: with no entropy left there is no way out of it."""
+        differing = self._now.differing
+        return bool(differing.recent) and differing.mean()[0] <= 1.0 - STUCK_SHARE
 
     def _dead(self) -> bool:
         """Whether not one group has had differing rewards for long."""
