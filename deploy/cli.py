@@ -151,7 +151,8 @@ def learner(
     model = preflight(recipe, console.print)
     run = _new_run(recipe, runs)
     _write_recipe(recipe, run)
-    _print_actor_command(run)
+    if recipe.needs_actors:
+        _print_actor_command(run)
     code = learner_main(["--run", str(run.path), "--model", str(model)])
     if code == 3:
         _print_resume(run)
@@ -235,7 +236,7 @@ def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> No
     console.print(f"run {run.path}", soft_wrap=True)
     with run.lock("launcher"):
         _write_recipe(recipe, run)
-        if not recipe.actor.count:
+        if recipe.needs_actors and not recipe.actor.count:
             _print_actor_command(run)
         with ProgressView(console, recipe.name) as view:
             code = launch(recipe, run, model, view, gpus, ray_address)

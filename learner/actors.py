@@ -7,6 +7,7 @@ it as a context. A run that draws nothing from the model has none.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from learner.intake.dispatcher import Dispatcher
-from learner.intake.journal import Journal, read_failed, read_groups_with_offsets
+from learner.intake.journal import Journal, read_failed, read_filtered, read_groups_with_offsets
 from learner.intake.server import ActorsSeen, IntakeServer
 from learner.intake.source import Source, WaitReporter
 from learner.methods.grpo import equal_rewards
@@ -77,6 +78,7 @@ class Actors:
             self.versions.next,
             read_failed(self.run.journal, start),
             self.versions.steps,
+            read_filtered(self.run.journal, start),
         )
         offsets = {group.id.index: offset for offset, group in found if group.id.epoch == dispatcher.branch}
         self.server.offsets = {index: offsets[index] for index in kept if dispatcher.holds(index)}
@@ -88,9 +90,10 @@ class Actors:
 
     def tickets(self) -> tuple[dict[str, Any], int]:
         """For a checkpoint: the dispatcher's state, and from where on the journal has what belongs to it."""
-        self.journal.sync()
         with self.server.lock:
-            return self.server.dispatcher.state(), self.source.replay_offset()
+            found = self.server.dispatcher.state(), self.source.replay_offset()
+        self.journal.sync()
+        return found
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -107,6 +110,16 @@ class Actors:
             self.source.wait_until_left(LEAVE_TIMEOUT_S)
             self.server.stop()
             self.journal.close()
+
+    def present(self) -> dict[str, int]:
+        """Name -> process id of the actors that are connected."""
+        with self.server.lock:
+            return {peer.name: peer.hello.pid for peer in self.server.peers.values()}
+
+    def seen(self) -> ActorsSeen:
+        """A copy of what is known of actors, for a checkpoint."""
+        with self.server.lock:
+            return copy.deepcopy(self.server.known)
 
     def leave(self, timeout_s: float) -> None:
         """Send the actors home: the run is over, and nobody will be at its address again."""

@@ -1,9 +1,11 @@
 """Checkpoints: fp32 master weights, optimizer moments and the loop's own state, written whole or not at all.
 
-A checkpoint is a directory `step-00000012` of two safetensors files and `state.json`, which lists the files with sizes
-and digests. It is written under a temporary name, synced, then renamed, so a directory of the final name is complete
-unless the disk lost something, and then `load` says so. No pickle. Training draws no random numbers (dropout is off,
-orders depend on seeds), so weights, moments and the loop's state are all that a run consists of.
+A checkpoint is a directory of two safetensors files and `state.json`, which lists the files with sizes and digests. Its
+name is `step-00000012`, on a branch that a roll-back has opened `step-00000012-b1`: it never takes the place of one of an
+older branch, and the newest is that of the highest branch, and there of the highest step. It is written under a temporary
+name, synced, then renamed, so a directory of the final name is complete unless the disk lost something, and then `load`
+says so. No pickle. Training draws no random numbers (dropout is off, orders depend on seeds), so weights, moments and the
+loop's state are all that a run consists of.
 
 Called by the loop between steps. Knows nothing of what the loop's state means.
 """
@@ -28,7 +30,7 @@ from learner.optim import Optimizer
 
 FORMAT = 1
 WEIGHTS, MOMENTS, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
-NAME = re.compile(r"step-(\d{8,})")
+NAME = re.compile(r"step-(\d{8,})(?:-b(\d+))?")
 READ_BYTES = 8 << 20
 
 
@@ -40,15 +42,16 @@ def save(
     state: dict[str, Any],
     keep: int,
     good: bool = True,
+    branch: int = 0,
 ) -> Path:
-    """Write `directory`/step-NNNNNNNN and leave only the newest `keep` checkpoints, and the newest good one.
+    """Write the checkpoint of a step and leave only the newest `keep` checkpoints, and the newest good one.
 
-    `state` is the loop's own, anything that JSON can hold. A checkpoint of the same step is replaced. `good`: whether a
-    run that went wrong may go back to it. Returns the checkpoint's path.
+    `state` is the loop's own, anything that JSON can hold. A checkpoint of the same step and branch is replaced.
+    `good`: whether a run that went wrong may go back to it. Returns the checkpoint's path.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _clean_up(directory)
-    final = directory / f"step-{step:08d}"
+    final = directory / (f"step-{step:08d}" + (f"-b{branch}" if branch else ""))
     temporary = directory / f".{final.name}"
     temporary.mkdir()
     save_file(_on_cpu(dict(model.named_parameters())), temporary / WEIGHTS)
@@ -75,19 +78,11 @@ def newest_good(directory: Path) -> Path | None:
     return next((p for p in reversed(_checkpoints(directory)) if _read_header(p).get("good", True)), None)
 
 
-def remove_after(directory: Path, step: int) -> None:
-    """Remove the checkpoints of later steps: their branch is given up."""
-    for path in _checkpoints(directory):
-        if step_of(path) > step:
-            path.rename(directory / f".{path.name}")  # a name that `_clean_up` removes, should this be cut short
-    _clean_up(directory)
-
-
 def _clean_up(directory: Path) -> None:
     """Remove what a `save` left that was cut short, and old checkpoints; one that nothing has replaced is put back."""
     for old in directory.glob(".old-step-*"):
         path = directory / old.name.removeprefix(".old-")
-        if step_of(path) > max(map(step_of, _checkpoints(directory)), default=-1):
+        if _place(path) > max(map(_place, _checkpoints(directory)), default=(-1, -1)):
             old.rename(path)
     for left_over in [*directory.glob(".old-step-*"), *directory.glob(".step-*")]:
         shutil.rmtree(left_over)
@@ -130,12 +125,19 @@ def latest(directory: Path) -> Path | None:
 def _checkpoints(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
-    return sorted((path for path in directory.iterdir() if NAME.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in directory.iterdir() if NAME.fullmatch(path.name)), key=_place)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """(branch, step) of a checkpoint's name: the order of the run."""
+    match = NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[2] or 0), int(match[1])
 
 
 def step_of(path: Path) -> int:
     """Steps that a checkpoint's weights have seen."""
-    return int(path.name.removeprefix("step-"))
+    return _place(path)[1]
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -29,13 +29,19 @@ class Evaluations:
     """The held-out problems of a run, measured by name."""
 
     def __init__(
-        self, recipe: Recipe, run: RunDir, task: Task, source: Source, status: Status, results: dict[str, Any]
+        self, recipe: Recipe, run: RunDir, task: Task, source: Source, status: Status, state: dict[str, Any]
     ) -> None:
-        """`results`: name -> figures so far; added to."""
+        """`state`, the loop's: "evals" has figures by name, "eval_pending" says that one is under way in the
+        background; both go into checkpoints, so that one that was cut short is begun again."""
         self.recipe, self.run, self.task, self.source, self.status = recipe, run, task, source, status
-        self.results = results
+        self._state = state
         self._running: tuple[str, int, float] | None = None
         """Of the one in the background: name, tickets, when it began."""
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Name -> figures."""
+        return self._state["evals"]
 
     def measure(self, name: str, version: int, timeout_s: float) -> EvalResult | None:
         """Held-out reward of exactly one version, with training idle; None if the recipe wants no evaluation."""
@@ -61,36 +67,46 @@ class Evaluations:
         `publish` gives the version to measure, or later ones. Returns what ended, as metrics.
         """
         ended = self._collect() if self._running else {}
-        every, left = self.recipe.eval.every_steps, self.recipe.eval.prompts
-        name = f"step-{step:05d}"
-        if every and left and step % every == 0 and not self._running and name not in self.results:
+        every, name = self.recipe.eval.every_steps, f"step-{step:05d}"
+        due = bool(every) and (step % every == 0 or self._state["eval_pending"])
+        if due and self._running:
+            if step % every == 0:
+                log.warning("evaluation %s is left out: %s is not finished", name, self._running[0])
+        elif due and name not in self.results:
             tickets = eval_tickets(self.recipe, self.task.heldout, publish())
             self.source.start_evaluation(tickets, self.recipe.eval.share)
             self._running = (name, len(tickets), time.monotonic())
+            self._state["eval_pending"] = True
         return ended
 
-    def finish(self, timeout_s: float) -> None:
-        """Wait for the one in the background: training has ended."""
-        if self._running:
-            name, count, began = self._running
-            self.status.set(f"evaluation {name}")
-            groups = self.source.finish_evaluation(timeout_s)
-            self._running = None
-            self._keep(name, groups, count, began)
+    def finish(self, timeout_s: float) -> bool:
+        """Wait for the one in the background: training has ended. Returns whether there was one."""
+        if self._running is None:
+            return False
+        self.status.set(f"evaluation {self._running[0]}")
+        self._take_in(self.source.finish_evaluation(timeout_s))
+        return True
 
-    def go_back(self, step: int) -> None:
-        """What was measured after `step` was of a branch that is abandoned."""
+    def go_back(self, step: int, branch: int, surviving: set[int]) -> None:
+        """The run is at `step` again, on `branch`: what measured any but `surviving` versions is put aside."""
         self._running = None
-        for name in [name for name in self.results if name.startswith("step-") and int(name[5:]) > step]:
-            del self.results[name]
+        aside = self.run.eval / f"abandoned-by-branch-{branch}"
+        for name, result in list(self.results.items()):
+            if name.startswith("step-") and not {int(version) for version in result["version_tokens"]} <= surviving:
+                del self.results[name]
+                aside.mkdir(exist_ok=True)
+                for path in (self.run.eval / f"{name}.json", self.run.eval / f"{name}_responses.jsonl"):
+                    path.replace(aside / path.name)
+        self.status.set(evals={key: value["reward"] for key, value in self.results.items()})
 
     def _collect(self) -> dict[str, float]:
+        groups = self.source.finished_evaluation()
+        return {} if groups is None else self._take_in(groups)
+
+    def _take_in(self, groups: EvalGroups) -> dict[str, float]:
         assert self._running is not None
         name, count, began = self._running
-        groups = self.source.finished_evaluation()
-        if groups is None:
-            return {}
-        self._running = None
+        self._running, self._state["eval_pending"] = None, False
         try:
             return eval_row(self._keep(name, groups, count, began))
         except TicketsFail as error:  # training goes on; an evaluation at its end would stop the run

@@ -23,7 +23,7 @@ from learner.batch import Row
 from learner.evaluations import Evaluations
 from learner.feed import DpoFeed, Feed, RolloutFeed, SftFeed
 from learner.intake.data import Task, load_task
-from learner.intake.source import Interrupted, StopFlag
+from learner.intake.source import Interrupted, StopFlag, TicketsFail
 from learner.methods import sft
 from learner.methods.epochs import Epochs
 from learner.methods.guard import Guard, Verdict
@@ -35,7 +35,7 @@ from learner.reference import Reference
 from learner.step import train_step, with_reference
 from learner.summary import process_totals, run_summary
 from protocol.config import ROLLOUT_METHODS, Recipe
-from protocol.errors import RecipeError
+from protocol.errors import DeadlineExceeded, EngineFailed, RecipeError
 from protocol.messages import Sampling, Ticket, TicketId
 from protocol.rundir import RunDir, write_json
 
@@ -73,6 +73,7 @@ class Learner:
             "step": 0, "ready": False, "evals": {}, "learner_tokens": 0, "train_s": 0.0, "rollout_tokens": 0,
             "training_s": 0.0, "lag_sum": 0.0, "lag_max": 0.0, "wall_s": 0.0, "rewards": [], "prompt_fingerprint": "",
             "earlier": {}, "branch": 0, "lr_scale": 1.0, "rollbacks": 0, "guard": {}, "budget_tokens": 0,
+            "eval_pending": False,
         }  # fmt: skip
         self.restored: dict[str, Any] | None = None
         self._restore()
@@ -117,7 +118,8 @@ class Learner:
         version = self._publish() if self.actors else 0
         if not self.state["ready"]:
             self._prologue(version)
-        self.reference.load()
+        if self._wants_reference:
+            self.reference.load()
         self._training()
         self._evaluate("after", self._publish_finished())
         self.status.set("exporting the model")
@@ -135,12 +137,10 @@ class Learner:
             )  # fmt: skip
             if self.restored is not None:
                 self.actors.restore(self.restored)
-            self.evaluations = Evaluations(
-                recipe, self.run, self.task, self.actors.source, self.status, self.state["evals"]
-            )
+            self.evaluations = Evaluations(recipe, self.run, self.task, self.actors.source, self.status, self.state)
         self.feed = self._make_feed()
         self.status.set(steps=self.feed.steps)
-        self.metrics = MetricsLog(self.run, self.state["step"])
+        self.metrics = MetricsLog(self.run, self.state["step"], self.state["branch"])
         try:
             if self.actors is None:
                 yield
@@ -198,10 +198,14 @@ class Learner:
         self._evaluate("before", version)
         if self.recipe.warm_start.examples:
             self._evaluate("after_warm_start", self._publish())
-        if self.recipe.method == "dpo" or (self.recipe.method == "grpo" and self.recipe.grpo.kl_coef):
+        if self._wants_reference:
             self.reference.keep()
         self.state["ready"] = True
         self._checkpoint()
+
+    @property
+    def _wants_reference(self) -> bool:
+        return self.recipe.method == "dpo" or (self.recipe.method == "grpo" and self.recipe.grpo.kl_coef > 0)
 
     def _warm_start(self) -> None:
         """SFT on demonstrations; the optimizer begins anew afterwards."""
@@ -227,10 +231,12 @@ class Learner:
 
     def _training(self) -> None:
         source = self.actors.source if self.actors else None
-        if source and self.recipe.method in ROLLOUT_METHODS:
+        rolls_out = self.recipe.method in ROLLOUT_METHODS
+        if source and (rolls_out or self.model.device.type != "cpu"):
             source.wait_for_actor(1, self.recipe.actor.start_timeout_s)
+        if source and rolls_out:
             source.resume_training()
-        overlaps = self.recipe.rollout.max_lag > 0 or self.recipe.method not in ROLLOUT_METHODS
+        overlaps = self.recipe.rollout.max_lag > 0 if rolls_out else self.recipe.eval.every_steps > 0
         share_cores(self.recipe.learner, shared=bool(source) and self.model.device.type == "cpu" and overlaps)
         self.status.set("training", step=self.state["step"])
         recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
@@ -244,15 +250,17 @@ class Learner:
                     self._checkpoint_if_due()
         except Interrupted:
             pass
-        if self.should_stop() and not self._trained():
-            if source:
-                source.pause_training()
-            self._checkpoint()
-            raise Interrupted("the next step")
+        except (EngineFailed, DeadlineExceeded, TicketsFail):
+            if not (self.actors and self.actors.server.dispatcher.in_training):  # the steps so far are done
+                self._checkpoint()
+            raise
         if source:
-            source.pause_training()
-            self.evaluations.finish(self._take_timeout())
+            source.pause_training(recall=self._trained())
         self._checkpoint()
+        if not self._trained():
+            raise Interrupted("the next step")
+        if source and self.evaluations.finish(self._take_timeout()):
+            self._checkpoint()
 
     def _trained(self) -> bool:
         """Whether the steps are done, or the budget of tokens is spent."""
@@ -262,6 +270,8 @@ class Learner:
     def _guarded_step(self, recent: deque[tuple[float, float]]) -> Verdict:
         """One step, its figures, and what the guard makes of them."""
         policy = self.recipe.guard.policy
+        if self.actors:
+            self.actors.source.check()
         try:
             figures = self._step(recent)
         except FloatingPointError as error:
@@ -311,7 +321,7 @@ class Learner:
     def _report(self, figures: dict[str, float], recent: deque[tuple[float, float]]) -> None:
         step = self.state["step"]
         seconds = sum(step_s for step_s, _ in recent)
-        peers = self.actors.server.peers.values() if self.actors else ()
+        actors = self.actors.present() if self.actors else {}
         if self.actors:
             figures["rollout_tokens_per_s"] = self.actors.server.totals.tokens_per_s
         figures["tokens_per_s"] = sum(tokens for _, tokens in recent) / seconds
@@ -319,7 +329,6 @@ class Learner:
         left_s = (self.feed.steps - step) * seconds / len(recent)
         left_s += self.state["evals"].get("after_warm_start", self.state["evals"].get("before", {})).get("seconds", 0)
         shown = {key: round(value, 4) for key, value in figures.items()}
-        actors = {peer.name: peer.hello.pid for peer in peers}
         self.status.set(None, **shown, step=step, left_s=left_s, actors=actors, curve=self.state["rewards"][-40:])
         log.info("step %d/%d: %s", step, self.feed.steps, _line(figures))
 
@@ -337,41 +346,46 @@ class Learner:
         if policy == "rollback" and self.state["rollbacks"] < self.recipe.guard.max_rollbacks:
             self._roll_back(verdict.tripped)
             return True
-        step = checkpoint.step_of(self._good_checkpoint())
-        checkpoint.remove_after(self.run.checkpoints, step)
         often = f" after {self.state['rollbacks']} rollbacks" if policy == "rollback" else ""
+        self._go_back()
         raise GuardStop(
             f"the guard ended the run{often}: {verdict.tripped}. The last good checkpoint is of step"
-            f" {step}; `tandem train --resume` goes on from there, best with a smaller optim.lr"
+            f" {self.state['step']}; `tandem train --resume` goes on from there, best with a smaller optim.lr"
         )
 
     def _roll_back(self, why: str) -> None:
         """Go on from the last good checkpoint, on a new branch, with a smaller learning rate."""
-        restored = checkpoint.load(self._good_checkpoint(), self.model, self.optimizer)
-        kept = {name: self.state[name] for name in ("wall_s", "rollbacks", "earlier")}
-        before, branch = self.state["step"], self.state["branch"] + 1
-        evals = self.state["evals"]
-        self.state |= restored["run"] | kept
-        self.state |= {"evals": evals, "branch": branch, "rollbacks": kept["rollbacks"] + 1}
-        self.state["lr_scale"] *= self.recipe.guard.lr_factor
-        self.guard.restore(self.state["guard"])
+        before = self.state["step"]
+        self._go_back(self.recipe.guard.lr_factor, rollbacks=1)
         if self.actors:
-            self.evaluations.go_back(self.state["step"])
-            self.actors.source.roll_back(restored["tickets"], branch, self.versions.next)
             self._publish()
-        self.metrics.roll_back(self.state["step"], branch)
-        self._checkpoint()
-        checkpoint.remove_after(self.run.checkpoints, self.state["step"])
         log.warning(
             "rolled back from step %d to step %d (branch %d), learning rate x %g: %s",
-            *(before, self.state["step"], branch, self.state["lr_scale"], why),
+            *(before, self.state["step"], self.state["branch"], self.state["lr_scale"], why),
         )
         self.status.set(rollbacks=self.state["rollbacks"], step=self.state["step"])
 
-    def _good_checkpoint(self) -> Path:
+    def _go_back(self, lr_factor: float = 1.0, rollbacks: int = 0) -> None:
+        """Be at the last good checkpoint again, on a new branch that nothing drawn since can reach.
+
+        The new branch's first checkpoint is what makes it so: a run that dies before it is written resumes on the old
+        branch, one that dies after it on the new one.
+        """
         path = checkpoint.newest_good(self.run.checkpoints)
         assert path is not None, "the prologue writes one"
-        return path
+        restored = checkpoint.load(path, self.model, self.optimizer)
+        kept = {name: self.state[name] for name in ("wall_s", "rollbacks", "earlier", "evals", "budget_tokens")}
+        branch = self.state["branch"] + 1
+        self.state |= restored["run"] | kept | {"branch": branch}
+        self.state["rollbacks"] += rollbacks
+        self.state["lr_scale"] *= lr_factor
+        self.guard.restore(self.state["guard"])
+        if self.actors:
+            surviving = {version for version, step in self.versions.steps.items() if step <= self.state["step"]}
+            self.evaluations.go_back(self.state["step"], branch, surviving)
+            self.actors.source.roll_back(restored["tickets"], branch, self.versions.next)
+        self._checkpoint()
+        self.metrics.roll_back(self.state["step"], branch)
 
     # --- versions and evaluations ---
 
@@ -416,6 +430,7 @@ class Learner:
             {"run": state, "tickets": tickets, "replay_offset": replay_offset},
             self.recipe.checkpoint.keep,
             good=not self.guard.suspicious,
+            branch=self.state["branch"],
         )
         self._write_summary()
 

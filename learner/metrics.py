@@ -15,28 +15,29 @@ STATUS_EVERY_S = 0.5
 class MetricsLog:
     """One line a step in metrics.jsonl, the same figures in TensorBoard."""
 
-    def __init__(self, run: RunDir, first_step: int = 0) -> None:
-        """Go on after `first_step` steps; rows of later ones are lost with a crash."""
+    def __init__(self, run: RunDir, first_step: int = 0, branch: int = 0) -> None:
+        """Go on after `first_step` steps. Rows of later ones are lost with a crash, or were given up with a branch."""
         self._run = run
-        self._go_on_after(first_step)
+        self._go_on_after(first_step, branch)
 
-    def _go_on_after(self, step: int) -> list[Any]:
-        """Open the files behind the row of `step`. Returns the rows that were cut off."""
+    def _go_on_after(self, step: int, branch: int) -> None:
+        """Open the files behind the row of `step`; later rows of earlier branches go to a file of their own."""
         from torch.utils.tensorboard import SummaryWriter
 
         rows = read_jsonl(self._run.metrics)
+        abandoned = [row for row in rows if row["step"] > step and row.get("branch", 0) < branch]
+        if abandoned:
+            with open(self._run.abandoned_metrics, "a") as file:
+                file.writelines(json.dumps(row | {"abandoned_by_branch": branch}) + "\n" for row in abandoned)
         kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
         replace_file(self._run.metrics, kept)
         self._file = open(self._run.metrics, "a")  # noqa: SIM115 - open for the life of the run
         self._board = SummaryWriter(str(self._run.tensorboard), purge_step=step + 1)
-        return [row for row in rows if row["step"] > step]
 
     def roll_back(self, step: int, branch: int) -> None:
-        """Steps after `step` are no longer part of the run: their rows go to a file of their own."""
+        """Steps after `step` are no longer part of the run, which goes on on `branch`."""
         self.close()
-        abandoned = self._go_on_after(step)
-        with open(self._run.abandoned_metrics, "a") as file:
-            file.writelines(json.dumps(row | {"abandoned_by_branch": branch}) + "\n" for row in abandoned)
+        self._go_on_after(step, branch)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Log a step's figures; a figure that is not finite becomes null in the file and stays out of TensorBoard."""

@@ -5,8 +5,10 @@ Called by the loop. One copy of the model in `model.dtype`, in memory and on dis
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,10 +27,16 @@ class Reference:
         self.weights = self._model.frozen_copy()
         partial = self._path.with_suffix(".part")
         save_file({name: tensor.cpu().contiguous() for name, tensor in self.weights.items()}, partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
         partial.replace(self._path)
 
     def load(self) -> None:
-        """Take up what an earlier process kept, if it kept any."""
-        if not self.weights and self._path.exists():
+        """Take up what an earlier process kept. Raises ValueError if it is not there, or damaged."""
+        if self.weights:
+            return
+        try:
             loaded = load_file(self._path)
-            self.weights = {name: tensor.to(self._model.device) for name, tensor in loaded.items()}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self._path}: the reference policy of this run cannot be read: {error}") from error
+        self.weights = {name: tensor.to(self._model.device) for name, tensor in loaded.items()}

@@ -92,7 +92,7 @@ def process_totals(state: dict[str, Any], actors: Actors | None) -> dict[str, An
     summed = {name: value + earlier.get(name, 0) for name, value in counted.items()}
     return summed | {
         "max": max(totals.max, earlier.get("max", 0)),
-        "seen": asdict(actors.server.known if actors else ActorsSeen()),
+        "seen": asdict(actors.seen() if actors else ActorsSeen()),
     }
 
 

@@ -107,11 +107,23 @@ class Recipe(Section):
                 f"warm_start.examples: found {self.warm_start.examples}, allowed with method = "
                 f'"{self.method}": 0, a warm start goes before {" or ".join(ROLLOUT_METHODS)}'
             )
-        if self.rollout.dynamic_sampling and self.method != "grpo":
+        for key, value in (
+            ("rollout.dynamic_sampling", self.rollout.dynamic_sampling),
+            ("grpo.kl_coef", self.grpo.kl_coef),
+        ):
+            if value and self.method != "grpo":
+                raise ValueError(f'{key}: found {value} with method = "{self.method}", allowed: with "grpo"')
+        passes = {"optim.epochs": self.optim.epochs, "optim.minibatches": self.optim.minibatches}
+        for key, count in passes.items():
+            if count > 1 and self.method != "grpo":
+                instead = {"eval": "1"}.get(self.method, f"1; [{self.method}] has epochs and batch_size of its own")
+                raise ValueError(f'{key}: found {count} with method = "{self.method}", allowed: {instead}')
+        if self.eval.every_steps and (not self.eval.prompts or self.method == "eval"):
             raise ValueError(
-                f'rollout.dynamic_sampling: found true with method = "{self.method}", allowed: with "grpo"'
+                f"eval.every_steps: found {self.eval.every_steps} with eval.prompts = {self.eval.prompts} and method ="
+                f' "{self.method}", allowed: 0 where there is nothing to evaluate beside'
             )
-        if self.guard.policy == "rollback" and not self.checkpoint.every_steps:
+        if self.guard.policy == "rollback" and self.method != "eval" and not self.checkpoint.every_steps:
             raise ValueError(
                 'checkpoint.every_steps: found 0, allowed with guard.policy = "rollback": 1 or more, there must be'
                 " checkpoints to go back to"
@@ -145,15 +157,15 @@ class Recipe(Section):
             )
         if unclipped and grpo.proximal == "engine":
             raise ValueError(f'grpo.proximal: found "engine" with grpo.loss = "{grpo.loss}", which has no ratio')
-        if grpo.importance_floor and grpo.importance_mode != "mask":
+        self._check_importance()
+        if rollout.max_filtered_per_step and not rollout.dynamic_sampling:
             raise ValueError(
-                f"grpo.importance_floor: found {grpo.importance_floor}, allowed with importance_mode ="
-                f' "{grpo.importance_mode}": 0; "mask" has a lower bound'
+                f"rollout.max_filtered_per_step: found {rollout.max_filtered_per_step}, allowed without"
+                " dynamic_sampling: 0"
             )
-        if grpo.importance_floor and grpo.importance_floor >= grpo.importance_cap:
+        if grpo.overlong != "penalty" and grpo.overlong_buffer:
             raise ValueError(
-                f"grpo.importance_floor: found {grpo.importance_floor}, allowed: less than importance_cap ="
-                f" {grpo.importance_cap}"
+                f'grpo.overlong_buffer: found {grpo.overlong_buffer}, allowed with overlong = "{grpo.overlong}": 0'
             )
         if grpo.overlong == "penalty" and not 0 < grpo.overlong_buffer <= rollout.max_tokens:
             raise ValueError(
@@ -161,7 +173,30 @@ class Recipe(Section):
                 f" rollout.max_tokens = {rollout.max_tokens}"
             )
 
+    def _check_importance(self) -> None:
+        grpo = self.grpo
+        cap, floor, masks = grpo.importance_cap, grpo.importance_floor, grpo.importance_mode == "mask"
+        if floor and not masks:
+            raise ValueError(
+                f"grpo.importance_floor: found {floor}, allowed with importance_mode ="
+                f' "{grpo.importance_mode}": 0; "mask" has a lower bound'
+            )
+        off = "grpo.proximal is the engine" if grpo.proximal == "engine" else "importance_cap is 0" if not cap else ""
+        if off and (masks or grpo.importance_level == "sequence"):
+            raise ValueError(
+                f"grpo.importance_mode, importance_level: found {grpo.importance_mode}, {grpo.importance_level},"
+                f" allowed while {off}: the defaults, there are no importance weights"
+            )
+        if masks and not floor < 1 < cap:
+            raise ValueError(
+                f"grpo.importance_cap: found {cap} above importance_floor = {floor}, allowed with importance_mode ="
+                ' "mask": bounds on either side of 1, the weight of a token that is on-policy'
+            )
+
     def _check_sampling(self) -> None:
+        if self.method not in ROLLOUT_METHODS:
+            self._check_eval_tokens()
+            return
         rollout = self.rollout
         biased = [k for k, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)) if getattr(rollout, k) != off]
         if biased and not rollout.accept_sampling_bias:
@@ -178,6 +213,15 @@ class Recipe(Section):
             raise ValueError(
                 f"actor.max_running: found {self.actor.max_running}, allowed: at least rollout.group_size ="
                 f" {rollout.group_size} (a group runs as a whole)"
+            )
+
+        self._check_eval_tokens()
+
+    def _check_eval_tokens(self) -> None:
+        if self.eval.prompts and self.eval_sampling_tokens >= self.model.max_model_len:
+            raise ValueError(
+                f"eval.max_tokens: found {self.eval_sampling_tokens}, allowed: less than model.max_model_len ="
+                f" {self.model.max_model_len} (the prompt needs room, too)"
             )
 
     def _check_sizes(self) -> None:

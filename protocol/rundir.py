@@ -101,7 +101,7 @@ class RunDir:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the checkpoints, also of one that was cut short while it was replaced."""
-        found = (re.fullmatch(r"(?:\.old-)?step-(\d{8,})", path.name) for path in self.checkpoints.glob("*"))
+        found = (re.fullmatch(r"(?:\.old-)?step-(\d{8,})(?:-b\d+)?", path.name) for path in self.checkpoints.glob("*"))
         return sorted({int(match[1]) for match in found if match})
 
     @contextlib.contextmanager

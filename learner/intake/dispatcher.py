@@ -148,6 +148,8 @@ class Dispatcher:
         """Journaled groups of tickets that a resumed run has not reached again."""
         self._replay_failed: dict[int, str] = {}
         """Likewise, of tickets that failed for good."""
+        self._replay_filtered: set[int] = set()
+        """Which of the journaled groups were filtered. The others were not, whatever would be decided now."""
         self.failed_in_a_row = 0
         """Train tickets that actors reported as failed, for good, since the last group arrived."""
         self.newly_failed: list[tuple[TicketId, str]] = []
@@ -199,9 +201,10 @@ class Dispatcher:
         """Make a ticket live: to be issued, or queued at once if the journal of an earlier process has its group."""
         ticket_id = TicketId(self.branch, index)
         group = self._replay.pop(index, None)
-        if group is not None:
+        if group is not None and index in self._replay_filtered:
+            self._count_filtered(group)
+        elif group is not None:
             self.train.queued[ticket_id] = group
-            self._filter(group)
         elif index in self._replay_failed:
             self.train.failed[ticket_id] = self._replay_failed.pop(index)
         else:
@@ -211,8 +214,11 @@ class Dispatcher:
         """Dynamic sampling: free the slot of a queued group that is worth nothing, so that another is admitted."""
         if is_train(group.id) and len(self.filtered_groups) < self.max_filtered_per_step and self.is_filtered(group):
             del self.train.queued[group.id]
-            self.filtered += 1
-            self.filtered_groups.append(group)
+            self._count_filtered(group)
+
+    def _count_filtered(self, group: Group) -> None:
+        self.filtered += 1
+        self.filtered_groups.append(group)
 
     def receive(self, group: Group) -> bool:
         """Take in a journaled group. False: duplicate, late or unknown; acknowledge it and forget it."""
@@ -274,17 +280,28 @@ class Dispatcher:
         return len(lost)
 
     def stragglers(self, now: float, older_than_s: float) -> list[tuple[TicketId, str]]:
-        """Leases (ticket, actor) that have kept the next batch, or an evaluation, waiting for too long."""
+        """Leases (ticket, actor) that have kept the next batch, or an evaluation that is waited for, for too long."""
         batch = set(self._oldest_ids())
         return [
             (ticket_id, lease.actor)
             for ledger in (self.train, self.eval)
             for ticket_id, lease in ledger.leased.items()
-            if now - lease.issued_at > older_than_s and (ledger is self.eval or ticket_id in batch)
+            if now - lease.issued_at > older_than_s
+            and (self.eval_pinned if ledger is self.eval else ticket_id in batch)
         ]
 
     def leases_of(self, actor: str) -> list[TicketId]:
         return [ticket_id for ticket_id, holder in self.holders().items() if holder == actor]
+
+    def completions_of(self, actor: str) -> int:
+        """Completions that an actor is to draw for its leases."""
+        leases = [*self.train.leased.values(), *self.eval.leased.values()]
+        return sum(lease.ticket.group_size for lease in leases if lease.actor == actor)
+
+    def recall(self) -> None:
+        """Take back the train tickets in the actors' hands: training has ended. They would be issued again."""
+        for ticket_id, lease in list(self.train.leased.items()):
+            self.give_back(ticket_id, lease.actor, "training has ended", excused=True)
 
     def holders(self) -> dict[TicketId, str]:
         """Who has which lease."""
@@ -304,8 +321,14 @@ class Dispatcher:
         return batch
 
     def holds(self, index: int) -> bool:
-        """Whether the group of a train index is here and not taken yet: a checkpoint's replay must find it."""
-        return TicketId(self.branch, index) in self.train.queued or index in self._replay
+        """Whether the group of a train index is here and not part of a batch: a checkpoint's replay must find it."""
+        ticket_id = TicketId(self.branch, index)
+        filtered = any(group.id == ticket_id for group in self.filtered_groups)
+        return ticket_id in self.train.queued or index in self._replay or filtered
+
+    def is_filtered_out(self, ticket_id: TicketId) -> bool:
+        """Whether a group that was just received has been filtered."""
+        return any(group.id == ticket_id for group in self.filtered_groups)
 
     def missing(self) -> list[TicketId]:
         """What `take` waits for."""
@@ -408,6 +431,7 @@ class Dispatcher:
             "next_index": self.next_index,
             "unfinished": [ticket_id.index for ticket_id in unfinished],
             "failed": {str(ticket_id.index): why for ticket_id, why in self.train.failed.items()},
+            "filtered_since_batch": [group.id.index for group in self.filtered_groups],
             "trained": self.trained,
             "filtered": self.filtered,
             "dropped": self.dropped,
@@ -423,8 +447,9 @@ class Dispatcher:
         version: int,
         failed: Iterable[tuple[TicketId, str]] = (),
         versions: Mapping[int, int] = MappingProxyType({}),
+        filtered: Iterable[TicketId] = (),
     ) -> list[int]:
-        """Take up a run at a checkpoint, with the groups and failures that the journal holds.
+        """Take up a run at a checkpoint, with the groups, failures and filterings that the journal holds.
 
         `versions`: step of every version announced before; `version`: the one that will carry the checkpoint's weights.
         Returns the indices of the tickets whose groups need not be drawn again, queued already or to be reached later.
@@ -438,7 +463,9 @@ class Dispatcher:
         known = {group.id.index: group for group in journaled if group.id.epoch == self.branch}
         self._replay = {i: group for i, group in known.items() if i in open_ or i >= self.next_index}
         self._replay_failed = {id_.index: why for id_, why in failed if id_.epoch == self.branch}
-        replayed = list(self._replay)
+        self._replay_filtered = {id_.index for id_ in filtered if id_.epoch == self.branch}
+        self.filtered_groups = [known[i] for i in state.get("filtered_since_batch", ()) if i in known]
+        replayed = [*self._replay, *(group.id.index for group in self.filtered_groups)]
         for index in state["unfinished"]:
             self._open(index, version)
         self.check()
@@ -455,7 +482,8 @@ class Dispatcher:
         abandoned = self.next_index + self.abandoned - finished
         duplicates, reissued = self.duplicates, self.reissued
         self.train, self.eval, self.in_training = Ledger(), Ledger(), {}
-        self._replay, self._replay_failed, self.newly_failed, self.filtered_groups = {}, {}, [], []
+        self._replay, self._replay_failed, self._replay_filtered = {}, {}, set()
+        self.newly_failed, self.filtered_groups = [], []
         self._take_up(state, branch, version, self._steps)
         self.abandoned, self.duplicates, self.reissued = abandoned, duplicates, reissued
         for index in state["unfinished"]:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 MAGIC = b"TJ"
 HEAD = struct.Struct("<2sBIQ")
 HEAD_DIGEST = struct.Struct("<I")
-KINDS: dict[int, Literal["group", "step", "failed"]] = {1: "group", 2: "step", 3: "failed"}
+KINDS: dict[int, Literal["group", "step", "failed", "filtered"]] = {1: "group", 2: "step", 3: "failed", 4: "filtered"}
 
 
 class JournalError(ValueError):
@@ -61,6 +61,10 @@ class Journal:
     def append_failed(self, ids: tuple[int, int], why: str) -> int:
         """Write that a ticket has failed for good: without it, a replay would hand its place in line to the next."""
         return self._append(3, json.dumps({"id": ids, "why": why}).encode())
+
+    def append_filtered(self, ids: tuple[int, int]) -> int:
+        """Write that a ticket's group was filtered: it hung on what had arrived before, so a replay cannot tell."""
+        return self._append(4, json.dumps({"id": ids}).encode())
 
     def sync(self) -> None:
         """All records so far survive the machine when this returns: before a checkpoint names an offset."""
@@ -156,3 +160,10 @@ def read_failed(path: Path, start: int = 0) -> Iterator[tuple[TicketId, str]]:
         if KINDS[kind] == "failed":
             row = json.loads(payload)
             yield TicketId(*row["id"]), row["why"]
+
+
+def read_filtered(path: Path, start: int = 0) -> Iterator[TicketId]:
+    """Tickets whose groups dynamic sampling took out, journaled from byte `start` on."""
+    for _, _, kind, payload in _records(path, start):
+        if KINDS[kind] == "filtered":
+            yield TicketId(*json.loads(payload)["id"])

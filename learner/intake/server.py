@@ -366,6 +366,8 @@ class IntakeServer(threading.Thread):
             self.dispatcher.receive(group)
             if is_train(group.id):
                 self.offsets[group.id.index] = offset
+            if self.dispatcher.is_filtered_out(group.id):
+                self.journal.append_filtered((group.id.epoch, group.id.index))
             if holder is not None and holder != peer.name:
                 self._cancel(holder, group.id)
         else:
@@ -411,9 +413,11 @@ class IntakeServer(threading.Thread):
                 self.hub.send(peer.id, Cancel((ticket_id,)))
 
     def _hand_out(self, now: float) -> None:
-        """One ticket at a time to the actor with the most free slots, so that the oldest tickets spread first."""
+        """One ticket at a time to the actor with the most room, so that the oldest tickets spread first.
+
+        Room is counted in completions: an evaluation's tickets may hold more or fewer of them than training's."""
         free = {
-            peer.id: peer.hello.slots - len(self.dispatcher.leases_of(peer.name))
+            peer.id: peer.hello.slots * self.welcome.group_size - self.dispatcher.completions_of(peer.name)
             for peer in self.peers.values()
             if peer.version and not peer.draining
         }
@@ -424,7 +428,7 @@ class IntakeServer(threading.Thread):
             if ticket is None:
                 del free[peer_id]
             elif self.hub.send(peer_id, ticket):
-                free[peer_id] -= 1
+                free[peer_id] -= ticket.group_size
             else:
                 self.dispatcher.give_back(ticket.id, peer.name, "its pipe is full", excused=True)
                 del free[peer_id]

@@ -80,7 +80,7 @@ class Source:
             count = len(dispatcher.missing()) or dispatcher.groups_per_step
             return f"{count} groups: {self._actor_phases()}{self._last_failure()}"
 
-        self._wait(complete, missing, timeout_s, progress=lambda: len(dispatcher.train.queued))
+        self._wait(complete, missing, timeout_s, progress=lambda: len(dispatcher.train.queued) + dispatcher.filtered)
         assert batch is not None
         self.waited_s += time.monotonic() - began
         self.server.hub.wake()
@@ -112,10 +112,12 @@ class Source:
             self.server.dispatcher.training_enabled = True
         self.server.hub.wake()
 
-    def pause_training(self) -> None:
-        """Issue no train tickets: those in the actors' hands are finished."""
+    def pause_training(self, recall: bool = False) -> None:
+        """Issue no train tickets. Those in the actors' hands are finished, or with `recall` taken back."""
         with self.server.lock:
             self.server.dispatcher.training_enabled = False
+            if recall:
+                self.server.dispatcher.recall()
 
     def evaluate(self, tickets: list[Ticket], timeout_s: float) -> EvalGroups:
         """Run evaluation tickets through the actors; groups in order, and failures. Waits and raises as `take`."""

@@ -108,7 +108,9 @@ def batch_advantages(
         estimated = rewards
     elif config.advantage == "batch_normalized":
         every = torch.cat(rewards)[None]
-        normalized = estimators.batch_normalized(every, config.std_eps) if every.numel() > 1 else torch.zeros(1, 1)
+        normalized = (
+            estimators.batch_normalized(every, config.std_eps) if every.numel() > 1 else torch.zeros_like(every)
+        )
         estimated = list(normalized[0].split([len(values) for values in rewards]))
     else:
         estimated = [_group_advantages(values, config) for values in rewards]

@@ -112,6 +112,8 @@ class _State:
     lowest_reward: float = 0.0
     """Zero of the reward's scale: the lowest healthy step's, where rewards may be negative."""
     grad_norms: list[float] = field(default_factory=list)
+    policy: str = ""
+    """What a collapse brought at that time."""
     ever_differed: bool = False
     """Whether there has been a group with differing rewards."""
     all_equal: int = 0
@@ -174,7 +176,7 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What the guard remembers, for JSON."""
-        return asdict(self._now)
+        return asdict(self._now) | {"policy": self.config.policy}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Be as at the moment of `state`; an empty one is the start of a run."""
@@ -182,6 +184,8 @@ class Guard:
         if state:
             now.reward, now.differing = (_record(state[name]) for name in ("reward", "differing"))
         now.streaks, now.told, now.grad_norms = dict(now.streaks), list(now.told), list(now.grad_norms)
+        if now.policy != self.config.policy:
+            now.told = []  # what was only said before may be acted upon now
         now.first = {name: list(values) for name, values in now.first.items()}
         self._now = now
 
@@ -377,7 +381,7 @@ class Guard:
     def _stuck(self) -> bool:
         """Whether groups have had equal rewards for a whole window: with no entropy left there is no way out of it."""
         differing = self._now.differing
-        return bool(differing.recent) and differing.mean()[0] <= 1.0 - STUCK_SHARE
+        return self._now.ever_differed and bool(differing.recent) and differing.mean()[0] <= 1.0 - STUCK_SHARE
 
     def _dead(self) -> bool:
         """Whether not one group has had differing rewards for long."""

@@ -149,9 +149,18 @@ def test_the_newest_good_checkpoint_outlives_newer_doubtful_ones(tmp_path: Path)
     assert [checkpoint.step_of(path) for path in sorted(tmp_path.iterdir())] == [4, 8, 10]
     good_one = checkpoint.newest_good(tmp_path)
     assert good_one is not None and checkpoint.step_of(good_one) == 4
-    checkpoint.remove_after(tmp_path, 4)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
-    assert checkpoint.latest(tmp_path) == good_one
+
+
+def test_the_newest_is_that_of_the_newest_branch(tmp_path: Path) -> None:
+    model, optimizer = fresh()
+    for step, branch, good in ((2, 0, True), (4, 0, True), (6, 0, False), (4, 1, True)):
+        path = checkpoint.save(tmp_path, step, model, optimizer, {"branch": branch}, keep=3, good=good, branch=branch)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000004", "step-00000004-b1", "step-00000006"], "a branch takes no other's place"
+    assert checkpoint.latest(tmp_path) == checkpoint.newest_good(tmp_path) == path
+    assert checkpoint.step_of(path) == 4
+    checkpoint.save(tmp_path, 6, model, optimizer, {}, keep=2, branch=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004-b1", "step-00000006-b1"]
 
 
 def test_a_checkpoint_without_a_mark_is_a_good_one(tmp_path: Path) -> None:

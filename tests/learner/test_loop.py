@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from learner.intake.journal import read_groups
-from learner.intake.source import StopFlag
+from learner.intake.source import Interrupted, StopFlag
 from learner.loop import GuardStop, Learner
 from protocol.config import Recipe, parse_recipe
 from protocol.rundir import RunDir, read_json, read_jsonl
@@ -235,6 +235,54 @@ def test_evaluation_in_the_background_says_which_versions_it_measured(tmp_path: 
     assert read_json(run.summary)["tickets"]["trained"] == 32, "evaluation tickets have a ledger of their own"
 
 
+def test_a_stop_while_the_last_evaluation_is_waited_for_loses_no_step(tmp_path: Path, model: Path) -> None:
+    recipe = recipe_of(method="sft", steps=4, sft={"batch_size": 4}, eval={"every_steps": 3})
+    stop = StopFlag()
+
+    def stop_in_finish(learner: Learner) -> None:
+        """Ctrl-C when training has ended and an evaluation in the background has not."""
+        training = learner._training
+
+        def stopping() -> None:
+            finish = learner.evaluations.finish
+
+            def stopped(timeout_s: float) -> bool:
+                stop.set()
+                raise Interrupted("the evaluation in the background")
+
+            learner.evaluations.finish = stopped  # type: ignore[method-assign]
+            training()
+            learner.evaluations.finish = finish  # type: ignore[method-assign]
+
+        learner._training = stopping  # type: ignore[method-assign]
+
+    finished, run = learn(recipe, tmp_path, model, stop, stop_in_finish)
+    assert not finished and run.checkpoint_steps()[-1] == 4
+    finished, run = learn(recipe, tmp_path, model)
+    assert finished and len(column(run, "step")) == 4 and read_json(run.summary)["eval_after"] is not None
+
+
+def test_an_evaluation_that_a_stop_cut_short_is_begun_again(tmp_path: Path, model: Path) -> None:
+    """It is under way when the run stops after step 3; the resumed run begins it after its first step."""
+    recipe = recipe_of(steps=8, eval={"every_steps": 3}, rollout={"max_lag": 1})
+    stop = StopFlag()
+
+    def never_ready(learner: Learner) -> None:
+        stop_after(3, stop)(learner)
+        training = learner._training
+
+        def blind() -> None:
+            learner.evaluations._collect = dict  # type: ignore[method-assign]
+            training()
+
+        learner._training = blind  # type: ignore[method-assign]
+
+    finished, run = learn(recipe, tmp_path, model, stop, never_ready)
+    assert not finished and not list(run.eval.glob("step-*.json"))
+    finished, run = learn(recipe, tmp_path, model)
+    assert finished and (run.eval / "step-00004.json").exists()
+
+
 # --- the guard --------------------------------------------------------------------------------------------------------
 
 
@@ -250,9 +298,14 @@ def test_guard_stops_at_the_last_good_checkpoint(tmp_path: Path, model: Path) ->
     recipe = recipe_of(guard={"policy": "stop", **TRIPS_ON_EVERY_UPDATE}, checkpoint={"every_steps": 1})
     with pytest.raises(GuardStop, match=r"ended the run: step 1: KL to the engine .* good checkpoint is of step 0"):
         learn(recipe, tmp_path, model)
-    assert RunDir(tmp_path).checkpoint_steps() == [0]
+    given_up = max(row["version"] for row in read_jsonl(RunDir(tmp_path).versions))
     finished, run = learn(recipe_of(guard={"policy": "off"}, checkpoint={"every_steps": 1}), tmp_path, model)
-    assert finished and column(run, "step") == [1, 2, 3, 4]
+    assert finished and [(row["step"], row["branch"]) for row in read_jsonl(run.metrics)] == [
+        (s, 1) for s in (1, 2, 3, 4)
+    ]
+    trained = [group for group in read_groups(run.journal) if group.kind == "train" and group.id.epoch == 1]
+    assert {group.id.index for group in trained} == set(range(16))
+    assert all(version > given_up for group in trained for c in group.completions for version, _ in c.spans)
 
 
 def test_guard_goes_back_on_a_new_branch_with_a_smaller_learning_rate(tmp_path: Path, model: Path) -> None:
@@ -262,7 +315,7 @@ def test_guard_goes_back_on_a_new_branch_with_a_smaller_learning_rate(tmp_path: 
         guard={"policy": "rollback", "lr_factor": 0.5, "window": 1},
         checkpoint={"every_steps": 2},
         optim={"lr": 1e-4, "schedule": "cosine"},
-        eval={"every_steps": 3},
+        eval={"every_steps": 1},
     )
 
     def collapse_once(learner: Learner) -> None:
@@ -297,6 +350,9 @@ def test_guard_goes_back_on_a_new_branch_with_a_smaller_learning_rate(tmp_path: 
     assert {group.id.index for group in trained} == set(range(8, 24)), "the steps behind the checkpoint, drawn anew"
     assert all(version >= fork for group in trained for c in group.completions for version, _ in c.spans)
     assert run.checkpoint_steps()[-1] == 6
+    surviving = {row["version"] for row in versions if row["branch"] or row["step"] <= 2}
+    for path in run.eval.glob("step-*.json"):
+        assert {int(version) for version in read_json(path)["version_tokens"]} <= surviving, path.name
 
 
 def test_a_stop_after_going_back_resumes_on_the_new_branch(tmp_path: Path, model: Path) -> None:
@@ -309,9 +365,10 @@ def test_a_stop_after_going_back_resumes_on_the_new_branch(tmp_path: Path, model
         learn(recipe, tmp_path, model)
     finished, run = learn(recipe_of(steps=6, checkpoint={"every_steps": 1}, guard={"policy": "off"}), tmp_path, model)
     summary = read_json(run.summary)
-    assert finished and (summary["branch"], summary["lr_scale"], summary["rollbacks"]) == (1, 0.3, 1)
-    assert column(run, "branch") == [1] * 6
+    assert finished and (summary["branch"], summary["lr_scale"], summary["rollbacks"]) == (2, 0.3, 1)
+    assert column(run, "branch") == [2] * 6, "also the end by the guard opens one: what came after is given up"
     assert summary["tickets"]["issued"] == 24 + summary["tickets"]["abandoned"]
+    assert len(read_jsonl(run.abandoned_metrics)) == 2
 
 
 def test_a_gradient_that_is_not_finite_is_a_collapse_too(tmp_path: Path, model: Path) -> None:

@@ -250,3 +250,39 @@ def test_resume_keeps_what_finished_steps_meant(override: str, key: str) -> None
     assert f"{key}: the run has " in kept
     assert "steps:" not in kept
     assert "optim.lr" in may_change
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key"),
+    [
+        ({"method": "sft", "optim": {"epochs": 3}}, "optim.epochs"),
+        ({"method": "expert_iteration", "optim": {"minibatches": 2}}, "optim.minibatches"),
+        ({"method": "dpo", "grpo": {"kl_coef": 0.1}}, "grpo.kl_coef"),
+        ({"method": "sft", "warm_start": {"examples": 16}}, "warm_start.examples"),
+        ({"method": "eval", "steps": 3}, "steps"),
+        ({"method": "eval", "eval": {"prompts": 0}}, "eval.prompts"),
+        ({"method": "expert_iteration", "rollout": {"dynamic_sampling": True}}, "rollout.dynamic_sampling"),
+        ({"eval": {"prompts": 0, "every_steps": 2}}, "eval.every_steps"),
+        ({"steps": 0}, "steps"),
+        ({"guard": {"policy": "rollback"}}, "checkpoint.every_steps"),
+        ({"grpo": {"importance_mode": "mask", "importance_cap": 0.9}}, "grpo.importance_cap"),
+        ({"grpo": {"importance_mode": "mask", "importance_floor": 1.0}}, "grpo.importance_cap"),
+        ({"grpo": {"importance_floor": 0.5}}, "grpo.importance_floor"),
+        ({"grpo": {"importance_level": "sequence", "importance_cap": 0.0}}, "grpo.importance_mode"),
+        ({"grpo": {"importance_level": "sequence", "proximal": "engine"}}, "grpo.importance_mode"),
+        ({"grpo": {"overlong_buffer": 4}}, "grpo.overlong_buffer"),
+        ({"grpo": {"overlong": "penalty"}}, "grpo.overlong_buffer"),
+        ({"rollout": {"max_filtered_per_step": 3}}, "rollout.max_filtered_per_step"),
+        ({"method": "sft", "eval": {"max_tokens": 256}}, "eval.max_tokens"),
+    ],
+)
+def test_what_would_do_nothing_or_nonsense_is_refused_by_name(recipe: dict[str, Any], key: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(recipe, "r.toml")
+    assert f"r.toml: {key}" in str(refused.value)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "eval"])
+def test_rollout_keys_stand_in_no_ones_way_who_rolls_nothing_out(method: str) -> None:
+    rollout = {"group_size": 500, "top_p": 0.9, "max_tokens": 4000}
+    parse_recipe({"method": method, "rollout": rollout, "eval": {"max_tokens": 16}}, "r.toml")

@@ -249,7 +249,7 @@ def test_filtered_group_is_counted_and_replaced_by_the_next_prompt() -> None:
     )
     first, second = issue_all(dispatcher)
     assert dispatcher.receive(make_group(first)), "accepted, hence acknowledged and journaled once"
-    assert not dispatcher.holds(0)
+    assert dispatcher.holds(0), "its figures are those of the batch that is still to come"
     (third,) = issue_all(dispatcher)
     assert (third.id.index, dispatcher.counts()["filtered"]) == (2, 1)
     dispatcher.receive(make_group(second))
@@ -360,6 +360,9 @@ class RandomSchedules(RuleBasedStateMachine):
         self.steps, self.max_lag = steps, max_lag
         self.journal: list[Group] = []
         self.journal_failed: list[tuple[TicketId, str]] = []
+        self.journal_filtered: list[TicketId] = []
+        self.compositions: dict[tuple[int, int], list[int]] = {}
+        """(branch, step) -> the batch it was trained on, also by a process that crashed since."""
         self.checkpoint = (self.dispatcher.state(), 0)
         self.version = 1
         self.step_of_version = {1: 0}
@@ -394,6 +397,8 @@ class RandomSchedules(RuleBasedStateMachine):
             self.journal.append(group)
             self.sent.append(group)
             assert self.dispatcher.receive(group)
+            if self.dispatcher.is_filtered_out(group.id):
+                self.journal_filtered.append(group.id)
         else:
             assert not self.dispatcher.receive(group)
 
@@ -415,7 +420,9 @@ class RandomSchedules(RuleBasedStateMachine):
         self.dispatcher = make_dispatcher(**self.shape)
         first_groups = {group.id: group for group in reversed(self.journal)}.values()
         known = {version: self.step_of_version[version] for version in self.surviving}
-        self.dispatcher.restore(state, first_groups, self.version + 1, self.journal_failed, known)
+        self.dispatcher.restore(
+            state, first_groups, self.version + 1, self.journal_failed, known, self.journal_filtered
+        )
         self.publish(state["step"])
 
     def publish(self, step: int) -> None:
@@ -474,6 +481,8 @@ class RandomSchedules(RuleBasedStateMachine):
         if batch is None:
             return
         step = self.dispatcher.step
+        indices = [group.id.index for group in batch]
+        assert self.compositions.setdefault((self.dispatcher.branch, step), indices) == indices, "a replay diverged"
         for group in batch:
             version = group.completions[0].spans[0][0]
             assert version in self.surviving and group.id.epoch == self.dispatcher.branch, "of an abandoned branch"

@@ -156,3 +156,12 @@ def test_make_batch_refuses_spans_that_make_no_sense(spans: tuple[tuple[int, int
 def test_make_batch_refuses_rewards_that_are_not_numbers() -> None:
     with pytest.raises(ValueError, match="0/0: found rewards"):
         make(recipe(), [make_group([1.0, float("nan"), 0.0], [1, 1, 1], [((5, 0),)] * 3)])
+
+
+def test_a_batch_that_nobody_could_grade_has_no_advantages_whatever_the_estimator() -> None:
+    failed = [
+        replace(group, completions=tuple(replace(c, grader_error="x") for c in group.completions)) for group in groups()
+    ]
+    for advantage in ("batch_normalized", "group_mean", "group_mean_std", "leave_one_out"):
+        batch = make(recipe(advantage=advantage, skip_zero_advantage=False), failed)
+        assert all(s.advantage == 0.0 for m in batch.minibatches for row in m.rows for s in row.samples), advantage

@@ -457,3 +457,15 @@ def test_guard_figures_of_two_groups() -> None:
 
 def test_guard_figures_without_tokens_have_no_entropy() -> None:
     assert "sampled_entropy" not in guard_figures([group(0, [], [], [])])
+
+
+def test_what_was_only_warned_of_may_be_acted_upon_by_another_policy() -> None:
+    warned = Guard(GuardConfig(policy="warn"))
+    for step in range(1, 5):
+        warned.see(step, fixed())
+    assert any(warned.see(step, fixed(kl_k3=9.0)).tripped for step in range(5, 9))
+    same, other = Guard(GuardConfig(policy="warn")), Guard(GuardConfig(policy="rollback"))
+    for guard in (same, other):
+        guard.restore(json.loads(json.dumps(warned.state())))
+    assert not same.see(9, fixed(kl_k3=9.0)).tripped, "said once"
+    assert other.see(9, fixed(kl_k3=9.0)).tripped
