@@ -37,7 +37,8 @@ TEMPLATE_GRADERS = ("r1_zero", "question_only")
 """Templates whose form of answer a grader of the same name reads."""
 TEMPLATE_STOPS = {"r1_zero": ["</answer>"]}
 TRAINS_NOTHING: dict[str, Any] = {
-    "method": "eval", "steps": 0, "warm_start.examples": 0, "rollout.dynamic_sampling": False, "guard.policy": "off",
+    "method": "eval", "steps": 0, "token_budget": 0, "warm_start.examples": 0, "rollout.dynamic_sampling": False,
+    "guard.policy": "off", "eval.every_steps": 0, "grpo.kl_coef": 0.0,
 }  # fmt: skip
 """What an evaluation with the recipe of a training run takes out of it."""
 

@@ -48,6 +48,7 @@ class ProgressView:
         )
         self._printed: tuple[Any, ...] = ()
         self._printed_at = 0.0
+        self._guard = ""
 
     def __enter__(self) -> ProgressView:
         if self._live:
@@ -82,6 +83,9 @@ class ProgressView:
             return
         self._printed, self._printed_at = key, now
         clock = minutes(now - self.began)
+        if status.get("guard") and status["guard"] != self._guard:
+            self._guard = status["guard"]
+            self.console.print(f"{clock} guard, {self._guard}", highlight=False, soft_wrap=True)
         self.console.print(f"{clock} {describe(status)}", highlight=False, soft_wrap=True)
 
     def _panel(self) -> RenderableType:

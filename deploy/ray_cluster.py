@@ -93,9 +93,9 @@ def ray_runtime(recipe: Recipe, address: str) -> Iterator[None]:
         stack.callback(ray.shutdown)
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
-        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        except Exception as error:  # Ray raises plain ones, too
             if not address:
-                raise
+                raise OSError(f"Ray did not start on this machine: {error}") from error
             raise RecipeError(f"--ray-address: {address!r} cannot be joined: {error}") from None
         yield
 

@@ -38,6 +38,8 @@ def print_report(run: RunDir, console: Console) -> None:
     if evals:
         _print_evaluations(run, recipe, evals, console)
     console.print(_throughput(summary))
+    for line in _guard_lines(summary):
+        console.print(line, style="red", highlight=False, soft_wrap=True)
     if draw_curve(run, evals, recipe.method):
         console.print(f"{'reward curve':<13} {_short(run.curve)}", highlight=False, soft_wrap=True)
     _print_files(run, console)
@@ -193,10 +195,24 @@ def _add_actors(table: Table, summary: dict[str, Any]) -> None:
     )
     table.add_row(
         "tickets",
-        f"{tickets['issued']} issued, {tickets['trained']} trained, {tickets['failed']} failed,"
-        f" {tickets['reissued']} issued again, {tickets['duplicates']} duplicates",
+        f"{tickets['issued']} issued: "
+        + ", ".join(f"{tickets[state]} {state.replace('_', ' ')}" for state in ENDS if tickets.get(state))
+        + f"; {tickets['reissued']} issued again, {tickets['duplicates']} duplicates",
     )
     table.add_row("actors", f"{actors['started']} started, {actors['restarted']} restarted")
+
+
+def _guard_lines(summary: dict[str, Any]) -> list[str]:
+    """What the guard saw, and what came of it."""
+    lines = [f"guard, {event}" for event in summary.get("guard", ())]
+    if summary.get("rollbacks"):
+        times = "once" if summary["rollbacks"] == 1 else f"{summary['rollbacks']} times"
+        lines.append(f"the run went back {times}; the learning rate is {summary['lr_scale']:g} of the recipe's")
+    return lines
+
+
+ENDS = ("trained", "filtered", "failed", "dropped", "abandoned", "in_training", "queued", "leased")
+"""What can have become of a ticket."""
 
 
 # --- the curve ---
@@ -278,7 +294,7 @@ def _print_files(run: RunDir, console: Console) -> None:
         ("summary", run.summary),
         ("metrics", run.metrics),
         ("TensorBoard", run.tensorboard),
-        ("responses", run.eval),
+        ("responses", run.eval if any(run.eval.glob("*.jsonl")) else Path("none")),
         ("logs", run.logs),
     ):
         if path.exists():

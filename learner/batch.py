@@ -142,6 +142,8 @@ def tokenize_prompt_and_output(prompts: Sequence[str], outputs: Sequence[str], t
     labels their first, and the mask is True where a label is a token of the output, by recorded lengths. This is the
     plain form, for those who study or write their own loop; the learner packs instead (`pack`).
     """
+    if not prompts:
+        raise ValueError("prompts: found none, expected at least one")
     pairs = [
         (
             tokenizer(prompt, add_special_tokens=False)["input_ids"],

@@ -1,11 +1,11 @@
 """Checkpoints: fp32 master weights, optimizer moments and the loop's own state, written whole or not at all.
 
-A checkpoint is a directory of two safetensors files and `state.json`, which lists the files with sizes and digests. Its
-name is `step-00000012`, on a branch that a roll-back has opened `step-00000012-b1`: it never takes the place of one of an
-older branch, and the newest is that of the highest branch, and there of the highest step. It is written under a temporary
-name, synced, then renamed, so a directory of the final name is complete unless the disk lost something, and then `load`
-says so. No pickle. Training draws no random numbers (dropout is off, orders depend on seeds), so weights, moments and the
-loop's state are all that a run consists of.
+A checkpoint is a directory of two safetensors files and `state.json`, which lists the files with sizes and digests.
+Its name is `step-00000012`, on a branch that a roll-back has opened `step-00000012-b1`: it never takes the place of one
+of an older branch, and the newest is that of the highest branch, and there of the highest step. It is written under a
+temporary name, synced, then renamed, so a directory of the final name is complete unless the disk lost something, and
+then `load` says so. No pickle. Training draws no random numbers (dropout is off, orders depend on seeds), so weights,
+moments and the loop's state are all that a run consists of.
 
 Called by the loop between steps. Knows nothing of what the loop's state means.
 """

@@ -73,7 +73,7 @@ class Learner:
             "step": 0, "ready": False, "evals": {}, "learner_tokens": 0, "train_s": 0.0, "rollout_tokens": 0,
             "training_s": 0.0, "lag_sum": 0.0, "lag_max": 0.0, "wall_s": 0.0, "rewards": [], "prompt_fingerprint": "",
             "earlier": {}, "branch": 0, "lr_scale": 1.0, "rollbacks": 0, "guard": {}, "budget_tokens": 0,
-            "eval_pending": False,
+            "eval_pending": False, "guard_events": [],
         }  # fmt: skip
         self.restored: dict[str, Any] | None = None
         self._restore()
@@ -340,6 +340,7 @@ class Learner:
             return False
         policy = self.recipe.guard.policy
         log.warning("guard, %s", verdict.tripped)
+        self.state["guard_events"].append(verdict.tripped)
         self.status.set(guard=verdict.tripped)
         if policy == "warn" or verdict.hopeless:
             return False
@@ -350,7 +351,8 @@ class Learner:
         self._go_back()
         raise GuardStop(
             f"the guard ended the run{often}: {verdict.tripped}. The last good checkpoint is of step"
-            f" {self.state['step']}; `tandem train --resume` goes on from there, best with a smaller optim.lr"
+            f" {self.state['step']}; `tandem train --resume {self.run.path}` goes on from there, best with a smaller"
+            " optim.lr"
         )
 
     def _roll_back(self, why: str) -> None:
@@ -374,7 +376,10 @@ class Learner:
         path = checkpoint.newest_good(self.run.checkpoints)
         assert path is not None, "the prologue writes one"
         restored = checkpoint.load(path, self.model, self.optimizer)
-        kept = {name: self.state[name] for name in ("wall_s", "rollbacks", "earlier", "evals", "budget_tokens")}
+        kept = {
+            name: self.state[name]
+            for name in ("wall_s", "rollbacks", "earlier", "evals", "budget_tokens", "guard_events")
+        }
         branch = self.state["branch"] + 1
         self.state |= restored["run"] | kept | {"branch": branch}
         self.state["rollbacks"] += rollbacks

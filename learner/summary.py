@@ -42,6 +42,7 @@ def run_summary(recipe: Recipe, state: dict[str, Any], actors: Actors | None, ve
         "rollbacks": state["rollbacks"],
         "branch": state["branch"],
         "lr_scale": state["lr_scale"],
+        "guard": state["guard_events"],
         "eval": reward.get("eval"),
         "eval_before": reward.get("before"),
         "eval_after_warm_start": reward.get("after_warm_start"),

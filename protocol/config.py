@@ -98,10 +98,12 @@ class Recipe(Section):
     def _check_method(self) -> None:
         if self.method in ROLLOUT_METHODS and not self.steps:
             raise ValueError(f'steps: found 0, allowed with method = "{self.method}": 1 or more')
-        if self.method == "eval" and self.steps:
-            raise ValueError(f'steps: found {self.steps}, allowed with method = "eval": 0, it trains nothing')
-        if self.method == "eval" and not self.eval.prompts:
-            raise ValueError('eval.prompts: found 0, allowed with method = "eval": 1 or more')
+        if self.method == "eval":  # keys of training stand in nobody's way
+            if self.steps:
+                raise ValueError(f'steps: found {self.steps}, allowed with method = "eval": 0, it trains nothing')
+            if not self.eval.prompts:
+                raise ValueError('eval.prompts: found 0, allowed with method = "eval": 1 or more')
+            return
         if self.warm_start.examples and self.method not in ROLLOUT_METHODS:
             raise ValueError(
                 f"warm_start.examples: found {self.warm_start.examples}, allowed with method = "
@@ -116,14 +118,16 @@ class Recipe(Section):
         passes = {"optim.epochs": self.optim.epochs, "optim.minibatches": self.optim.minibatches}
         for key, count in passes.items():
             if count > 1 and self.method != "grpo":
-                instead = {"eval": "1"}.get(self.method, f"1; [{self.method}] has epochs and batch_size of its own")
-                raise ValueError(f'{key}: found {count} with method = "{self.method}", allowed: {instead}')
-        if self.eval.every_steps and (not self.eval.prompts or self.method == "eval"):
+                raise ValueError(
+                    f'{key}: found {count} with method = "{self.method}", allowed: 1; [{self.method}] has epochs and'
+                    " batch_size of its own"
+                )
+        if self.eval.every_steps and not self.eval.prompts:
             raise ValueError(
-                f"eval.every_steps: found {self.eval.every_steps} with eval.prompts = {self.eval.prompts} and method ="
-                f' "{self.method}", allowed: 0 where there is nothing to evaluate beside'
+                f"eval.every_steps: found {self.eval.every_steps}, allowed with eval.prompts = 0: 0, there is nothing"
+                " to evaluate"
             )
-        if self.guard.policy == "rollback" and self.method != "eval" and not self.checkpoint.every_steps:
+        if self.guard.policy == "rollback" and not self.checkpoint.every_steps:
             raise ValueError(
                 'checkpoint.every_steps: found 0, allowed with guard.policy = "rollback": 1 or more, there must be'
                 " checkpoints to go back to"

@@ -27,7 +27,12 @@ def make_batch(groups: Sequence[Group], recipe: Recipe, step_of_version: StepOfV
     """
     config = recipe.expert_iteration
     rows = [group_row(group, [1.0] * len(group.completions), step_of_version, step) for group in groups]
-    kept = [(row, sample) for group, row in zip(groups, rows, strict=True) for sample in accepted(group, row, config)]
+    questions: dict[tuple[int, ...], list[Sample]] = {}  # one may have been drawn twice, where two passes meet
+    kept = [
+        (row, sample)
+        for group, row in zip(groups, rows, strict=True)
+        for sample in accepted(group, row, config, questions.setdefault(row.prompt_ids, []))
+    ]
     minibatches: list[Minibatch] = []
     for epoch in range(config.epochs):
         order = np.random.default_rng([recipe.seed, step, epoch]).permutation(len(kept))
@@ -42,21 +47,24 @@ def make_batch(groups: Sequence[Group], recipe: Recipe, step_of_version: StepOfV
     return Batch(step=step, minibatches=tuple(minibatches), stats=stats, loss="sft")
 
 
-def accepted(group: Group, row: Row, config: ExpertIterationConfig) -> list[Sample]:
-    """The completions of one question to learn from, in order: graded, of enough reward, whole, and no repetition.
+def accepted(group: Group, row: Row, config: ExpertIterationConfig, so_far: list[Sample]) -> list[Sample]:
+    """The completions of one group to learn from, in order: graded, of enough reward, whole, and no repetition.
 
-    A completion that was cut off is never one: it would teach the model not to end.
+    A completion that was cut off is never one: it would teach the model not to end. `so_far`: what has been kept of the
+    same question; added to.
     """
-    kept: list[Sample] = []
-    seen: set[bytes] = set()
+    before = len(so_far)
+    seen = {sample.token_ids.tobytes() for sample in so_far}
     for completion, sample in zip(group.completions, row.samples, strict=True):
         wanted = completion.scores.get("reward", 0.0) >= config.min_reward and completion.finish_reason != "length"
         tokens = sample.token_ids.tobytes()
         if not wanted or not sample.mask.any() or (config.deduplicate and tokens in seen):
             continue
+        if config.max_per_question and len(so_far) >= config.max_per_question:
+            break
         seen.add(tokens)
-        kept.append(sample)
-    return kept[: config.max_per_question] if config.max_per_question else kept
+        so_far.append(sample)
+    return so_far[before:]
 
 
 def _minibatch(kept: Sequence[tuple[Row, Sample]]) -> Minibatch:

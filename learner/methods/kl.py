@@ -78,5 +78,10 @@ def sequence_kl(
     Times the coefficient it is taken off the completion's reward, before the advantages. The engine's logprobs, since
     the engine drew the tokens. No gradient; 0 for a completion without masked tokens. Computed in float64.
     """
-    engine, reference = (torch.as_tensor(np.array(x)).double() for x in (engine_logprobs, reference_logprobs))
-    return masked_sum(kl_estimate(estimator, engine, reference), torch.as_tensor(np.array(mask))).item()
+    engine, reference = (_tensor(x).double() for x in (engine_logprobs, reference_logprobs))
+    return masked_sum(kl_estimate(estimator, engine, reference), _tensor(mask)).item()
+
+
+def _tensor(values: Tensor | NDArray[Any]) -> Tensor:
+    """A detached tensor; of an array a copy, since it may be read-only."""
+    return values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))

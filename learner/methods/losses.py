@@ -16,7 +16,7 @@ detached. Knows no config file.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -177,10 +177,14 @@ def policy_loss(
     outside the mask means nothing, and no gradient comes from there. Raises ValueError for what is missing.
     """
     logprobs = logprobs.masked_fill(~mask.bool(), 0.0)
+    if kind not in get_args(PolicyLoss):
+        raise ValueError(f"kind: found {kind!r}, allowed: {', '.join(get_args(PolicyLoss))}")
     signal = raw_rewards if kind == "no_baseline" else advantages
     if signal is None:
         name = "raw_rewards" if kind == "no_baseline" else "advantages"
         raise ValueError(f"{name}: found nothing, allowed with {kind}: a tensor [batch, 1]")
+    if signal.ndim != logprobs.ndim:  # [batch] would silently go along the tokens where batch == seq
+        raise ValueError(f"{kind}: found rewards or advantages of shape {list(signal.shape)}, allowed: [batch, 1]")
     if kind in ("no_baseline", "reinforce_with_baseline"):
         return policy_gradient(signal, logprobs), {}
     if old is None:
@@ -188,8 +192,6 @@ def policy_loss(
     if kind == "gspo":
         mean = masked_mean(logprobs.detach() - old, mask, dim=-1)[..., None]
         return gspo(signal, logprobs, mean, clip_low, clip_high)
-    if kind not in ("grpo_clip", "cispo"):
-        raise ValueError(f"kind: found {kind!r}, allowed: no_baseline, reinforce_with_baseline, grpo_clip, gspo, cispo")
     return (grpo_clip if kind == "grpo_clip" else cispo)(signal, logprobs, old, clip_low, clip_high)
 
 

@@ -28,12 +28,13 @@ from deploy.report import curve_points, draw_curve, evaluations, print_report
 from learner.eval_figures import wilson
 from learner.evaluate import summarize, write_responses, write_result
 from learner.intake.data import Example
-from protocol.config import Recipe, parse_recipe
+from protocol.config import Recipe, load_recipe, parse_recipe
 from protocol.errors import RecipeError
 from protocol.messages import Group
 from protocol.rundir import RunDir, read_json, replace_file, write_json
 from tests.learner.reference import make_group
 
+ROOT = Path(__file__).resolve().parents[2]
 HELDOUT = [Example(f"What is {n} + [/b]?", (1, n), str(n)) for n in range(8)]
 
 SUMMARY: dict[str, Any] = {
@@ -101,12 +102,20 @@ def test_recipe_by_default_measures_sums() -> None:
     assert (recipe.rollout.stop, recipe.rollout.group_size, recipe.seed) == ((), 8, 0)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: path.stem)
+def test_a_model_can_be_measured_by_the_recipe_of_any_training_run(path: Path) -> None:
+    recipe = eval_recipe(EvalOptions(model="bundled", recipe=path, prompts=5), lambda model: 8192)
+    before = load_recipe(path)
+    assert (recipe.method, recipe.steps, recipe.eval.prompts) == ("eval", 0, 5)
+    assert (recipe.task, recipe.eval.temperature) == (before.task, before.eval.temperature)
+
+
 def test_recipe_for_gsm8k_leaves_room_for_reasoning() -> None:
     recipe = built(task="gsm8k")
     assert (recipe.task.grader, recipe.task.template, recipe.rollout.stop) == ("gsm8k", "chat", ())
     assert (recipe.eval_sampling_tokens, recipe.model.max_model_len) == (512, 1024)
     assert built(limit=700, task="gsm8k").model.max_model_len == 700, "never more than the model was made for"
-    with pytest.raises(RecipeError, match=r"rollout.max_tokens: found 512, allowed: less than model.max_model_len"):
+    with pytest.raises(RecipeError, match=r"eval.max_tokens: found 512, allowed: less than model.max_model_len"):
         built(limit=512, task="gsm8k")
 
 

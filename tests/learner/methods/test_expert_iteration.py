@@ -85,3 +85,12 @@ def test_updates_go_over_what_was_kept_as_often_as_asked() -> None:
 def test_a_step_that_keeps_nothing_has_no_update() -> None:
     batch = make(recipe(), [groups()[1]])
     assert batch.minibatches == () and batch.stats["kept_completions"] == 0
+
+
+def test_limits_are_a_questions_also_where_it_was_drawn_twice() -> None:
+    first, second = whole(make_group([1.0] * 3, [3, 2, 4])), whole(make_group([1.0] * 3, [3, 2, 4], seed=1))
+    second = replace(second, prompt_ids=first.prompt_ids)
+    batch = make(recipe(max_per_question=4), [first, second])
+    assert kept(batch) == sorted([tokens(first, 0), tokens(first, 1), tokens(first, 2), tokens(second, 0)])
+    assert batch.stats["kept_questions"] == 1
+    assert len(kept(make(recipe(), [first, first]))) == 3, "the same texts again are repetitions"
