@@ -43,11 +43,13 @@ def save(
     keep: int,
     good: bool = True,
     branch: int = 0,
+    proven_after: int = 0,
 ) -> Path:
-    """Write the checkpoint of a step and leave only the newest `keep` checkpoints, and the newest good one.
+    """Write the checkpoint of a step and leave only the newest `keep` checkpoints, and of the good ones those from the
+    newest on that is `proven_after` steps old.
 
     `state` is the loop's own, anything that JSON can hold. A checkpoint of the same step and branch is replaced.
-    `good`: whether a run that went wrong may go back to it. Returns the checkpoint's path.
+    `good`: whether a run that went wrong may go back to it, as far as is known now. Returns the checkpoint's path.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _clean_up(directory)
@@ -65,17 +67,26 @@ def save(
         final.rename(directory / f".old-{final.name}")
     temporary.rename(final)
     _sync(directory)
-    to_go_back_to = newest_good(directory)
+    candidates = _good(directory)
+    proven = newest_good(directory, step - proven_after)
+    to_go_back_to = candidates[candidates.index(proven) :] if proven else []
     for old in _checkpoints(directory)[:-keep]:
-        if old != to_go_back_to:
+        if old not in to_go_back_to:
             old.rename(directory / f".old-{old.name}")
     _clean_up(directory)
     return final
 
 
-def newest_good(directory: Path) -> Path | None:
-    """The newest checkpoint that was written as a good one, None if there is none."""
-    return next((p for p in reversed(_checkpoints(directory)) if _read_header(p).get("good", True)), None)
+def newest_good(directory: Path, at_most: int | None = None) -> Path | None:
+    """The newest checkpoint that was written as a good one, of step `at_most` or before; the oldest good one if all are
+    later, None if there is none at all."""
+    good = _good(directory)
+    early = [path for path in good if at_most is None or step_of(path) <= at_most]
+    return early[-1] if early else next(iter(good), None)
+
+
+def _good(directory: Path) -> list[Path]:
+    return [path for path in _checkpoints(directory) if _read_header(path).get("good", True)]
 
 
 def _clean_up(directory: Path) -> None:

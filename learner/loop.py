@@ -120,10 +120,18 @@ class Learner:
             self._prologue(version)
         if self._wants_reference:
             self.reference.load()
-        self._training()
+        ended_by_guard: GuardStop | None = None
+        try:
+            self._training()
+        except GuardStop as stop:  # the model is the last good one now
+            ended_by_guard = stop
         self._evaluate("after", self._publish_finished())
         self.status.set("exporting the model")
         self.model.export(self.run.model, self.tokenizer)
+        if ended_by_guard:
+            self._count_wall()
+            self._write_summary()
+            raise ended_by_guard
 
     @contextmanager
     def _open(self) -> Iterator[None]:
@@ -349,6 +357,9 @@ class Learner:
             return True
         often = f" after {self.state['rollbacks']} rollbacks" if policy == "rollback" else ""
         self._go_back()
+        if self.actors:
+            self._publish()
+            self.actors.source.pause_training(recall=True)
         raise GuardStop(
             f"the guard ended the run{often}: {verdict.tripped}. The last good checkpoint is of step"
             f" {self.state['step']}; `tandem train --resume {self.run.path}` goes on from there, best with a smaller"
@@ -367,18 +378,31 @@ class Learner:
         )
         self.status.set(rollbacks=self.state["rollbacks"], step=self.state["step"])
 
+    @property
+    def _observed_after(self) -> int:
+        """Steps until the figures of a step are of what a checkpoint's weights have drawn."""
+        return 1 + self.recipe.rollout.max_lag if self.recipe.method in ROLLOUT_METHODS else 1
+
+    @property
+    def _may_go_back(self) -> bool:
+        return self.recipe.guard.policy in ("stop", "rollback")
+
     def _go_back(self, lr_factor: float = 1.0, rollbacks: int = 0) -> None:
         """Be at the last good checkpoint again, on a new branch that nothing drawn since can reach.
+
+        What the weights of a checkpoint draw is seen `_observed_after` steps later: those taken shortly before the
+        first suspect figures are not to be trusted either.
 
         The new branch's first checkpoint is what makes it so: a run that dies before it is written resumes on the old
         branch, one that dies after it on the new one.
         """
-        path = checkpoint.newest_good(self.run.checkpoints)
+        suspected_since = self.state["step"] + 1 - max(self.guard.longest_streak, 1)
+        path = checkpoint.newest_good(self.run.checkpoints, suspected_since - 1 - self._observed_after)
         assert path is not None, "the prologue writes one"
         restored = checkpoint.load(path, self.model, self.optimizer)
         kept = {
             name: self.state[name]
-            for name in ("wall_s", "rollbacks", "earlier", "evals", "budget_tokens", "guard_events")
+            for name in ("wall_s", "rollbacks", "lr_scale", "earlier", "evals", "budget_tokens", "guard_events")
         }
         branch = self.state["branch"] + 1
         self.state |= restored["run"] | kept | {"branch": branch}
@@ -436,6 +460,7 @@ class Learner:
             self.recipe.checkpoint.keep,
             good=not self.guard.suspicious,
             branch=self.state["branch"],
+            proven_after=self.recipe.guard.window + self._observed_after if self._may_go_back else 0,
         )
         self._write_summary()
 

@@ -136,6 +136,11 @@ class Guard:
         """Whether a signal is over its bound now: a checkpoint of this moment is none to go back to."""
         return bool(self._now.streaks)
 
+    @property
+    def longest_streak(self) -> int:
+        """Steps in a row, up to now, in which some signal was over its bound."""
+        return max(self._now.streaks.values(), default=0)
+
     def see(self, step: int, figures: Mapping[str, float]) -> Verdict:
         """Judge a step by its metrics. Figures that are missing or not finite say nothing, but loss and gradient."""
         for name in ("loss", "grad_norm"):

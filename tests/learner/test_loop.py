@@ -298,7 +298,13 @@ def test_guard_stops_at_the_last_good_checkpoint(tmp_path: Path, model: Path) ->
     recipe = recipe_of(guard={"policy": "stop", **TRIPS_ON_EVERY_UPDATE}, checkpoint={"every_steps": 1})
     with pytest.raises(GuardStop, match=r"ended the run: step 1: KL to the engine .* good checkpoint is of step 0"):
         learn(recipe, tmp_path, model)
-    given_up = max(row["version"] for row in read_jsonl(RunDir(tmp_path).versions))
+    stopped = RunDir(tmp_path)
+    versions, summary = read_jsonl(stopped.versions), read_json(stopped.summary)
+    given_up = max(row["version"] for row in versions if not row["branch"])
+    measured = read_json(stopped.eval / "after.json")
+    assert measured["version_tokens"].keys() == {str(versions[-1]["version"])} and versions[-1]["step"] == 0
+    assert (stopped.model / "model.safetensors").exists(), "the model that is left is the last good one"
+    assert summary["eval_after"] == measured["reward"] and "KL to the engine" in summary["guard"][0]
     finished, run = learn(recipe_of(guard={"policy": "off"}, checkpoint={"every_steps": 1}), tmp_path, model)
     assert finished and [(row["step"], row["branch"]) for row in read_jsonl(run.metrics)] == [
         (s, 1) for s in (1, 2, 3, 4)
@@ -389,4 +395,4 @@ def test_a_gradient_that_is_not_finite_is_a_collapse_too(tmp_path: Path, model: 
 
     finished, run = learn(recipe, tmp_path, model, watch=break_once)
     assert finished and read_json(run.summary)["rollbacks"] == 1
-    assert column(run, "branch") == [0, 0, 1, 1]
+    assert column(run, "branch") == [1] * 4, "step 2 was not observed yet, step 1 hardly: back to the start"
