@@ -95,7 +95,7 @@ def ray_runtime(recipe: Recipe, address: str) -> Iterator[None]:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
         except Exception as error:  # Ray raises plain ones, too
             if not address:
-                raise OSError(f"Ray did not start on this machine: {error}") from error
+                raise OSError(f"Ray did not start on this machine (is it overloaded?): {error}") from error
             raise RecipeError(f"--ray-address: {address!r} cannot be joined: {error}") from None
         yield
 

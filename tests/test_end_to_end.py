@@ -156,4 +156,4 @@ def test_run_leaves_its_files_and_nothing_else(finished: Finished) -> None:
     assert list(run.tensorboard.glob("events.*"))
     assert "finished in" in finished.output
     for line in finished.run.versions.read_text().splitlines():
-        assert set(json.loads(line)) == {"version", "step"}
+        assert set(json.loads(line)) == {"version", "step", "branch"}
