@@ -6,6 +6,7 @@ Knows no files: `jsonl.py` calls it for every line and says where the line stand
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,11 +105,20 @@ def shown(value: Any) -> str:
 
 
 def _find(record: Record, mapped: str, usual: tuple[str, ...]) -> tuple[str, Any]:
-    """(name, value) of a field: the one that the recipe names, else the first of the usual ones that is there."""
+    """(name, value) of a field: the one that the recipe names, else the first of the usual ones that is there.
+
+    A name with dots is a path into objects, unless the record has a field of exactly that name.
+    """
     if mapped:
-        if mapped not in record:
-            raise ValueError(f"{mapped}: found nothing, allowed: a field of the record ({', '.join(record)})")
-        return mapped, record[mapped]
+        if mapped in record:
+            return mapped, record[mapped]
+        value: Any = record
+        for part in mapped.split("."):
+            if not isinstance(value, dict) or part not in value:
+                allowed = ", ".join(value) if isinstance(value, dict) else shown(value)
+                raise ValueError(f"{mapped}: found nothing, allowed: a field of the record ({allowed})")
+            value = value[part]
+        return mapped, value
     return next(((name, record[name]) for name in usual if record.get(name) is not None), (usual[0], None))
 
 
@@ -144,7 +154,7 @@ def _answer_and_solution(record: Record, reading: Reading, prompt_name: str, res
             f"{solution_name}: found {shown(solution)}, allowed: a text, or one named {' or '.join(usual)}"
         )
     if worked and not text and reading.solution_format != "plain":
-        raise ValueError('answer: found nothing, allowed with task.solution_format = "r1_zero": a text or an integer')
+        raise ValueError('answer: found nothing, allowed with task.solution_format = "r1_zero": a text or a number')
     return text, demonstration(worked, text, worked, reading.solution_format) if worked else ""
 
 
@@ -161,14 +171,14 @@ def _gsm8k(answer: str, reading: Reading) -> tuple[str, str]:
 
 
 def _answer(name: str, answer: Any, solved: bool, needed: bool) -> str:
-    if isinstance(answer, int) and not isinstance(answer, bool):
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         return str(answer)
     if isinstance(answer, str) and answer.strip():
         return answer.strip()
     if not needed:
         return ""
     boxed = r", or a solution with \boxed{…}" if answer is None and solved else ""
-    raise ValueError(f"{name}: found {shown(answer)}, allowed: a text or an integer{boxed}")
+    raise ValueError(f"{name}: found {shown(answer)}, allowed: a text or a number{boxed}")
 
 
 def _prompt(name: str, prompt: Any, one_question: bool) -> Prompt:

@@ -57,8 +57,9 @@ def test_problem_lines_are_read_in_both_layouts():
      ('{"prompt": [], "answer": "2"}', r"prompt: found \[\]"),
      ('{"prompt": [{"role": "tool", "content": "x"}], "answer": "2"}', "system or user or assistant"),
      ('{"prompt": [{"role": "assistant", "content": "x"}], "answer": "2"}', 'last message of role "assistant"'),
-     ('{"prompt": "p"}', "answer: found nothing, allowed: a text or an integer"),
-     ('{"prompt": "p", "answer": 3.5}', "answer: found 3.5"),
+     ('{"prompt": "p"}', "answer: found nothing, allowed: a text or a number"),
+     ('{"prompt": "p", "answer": 3.5}', r"answer: found '3.5', allowed with task.grader = \"integer\": an integer"),
+     ('{"prompt": "p", "answer": NaN}', "answer: found nan, allowed: a text or a number"),
      ('{"prompt": "p", "answer": true}', "answer: found True"),
      ('{"prompt": "p", "answer": "two"}', r"answer: found 'two', allowed with task.grader = \"integer\": an integer"),
      ('{"prompt": "p", "answer": "2", "solution": 2}', "solution: found 2, allowed: a text"),
@@ -76,7 +77,7 @@ def test_file_errors_name_file_and_line(tokenizer, tmp_path):
     with pytest.raises(RecipeError) as caught:
         load_task(make_recipe(path), tokenizer)
     lines = str(caught.value).split("\n")
-    assert lines[0] == f"{path}:3: answer: found nothing, allowed: a text or an integer"
+    assert lines[0] == f"{path}:3: answer: found nothing, allowed: a text or a number"
     assert lines[1].startswith(f"{path}:4: found no JSON")
     assert lines[5:] == ["and 2 more lines"]
 

@@ -62,7 +62,7 @@ def test_named_fields_are_read_and_must_be_there():
         ValueError, match=r"aks: found nothing, allowed: a field of the record \(ask, gold, cot, prompt"
     ):
         read_problem(record, reading(fields={"prompt": "aks"}))
-    with pytest.raises(ValueError, match=r"gold: found \[1\], allowed: a text or an integer"):
+    with pytest.raises(ValueError, match=r"gold: found \[1\], allowed: a text or a number"):
         read_problem(record | {"gold": [1]}, reading(fields=fields))
 
 
@@ -150,3 +150,14 @@ def test_conversations_do_not_go_into_a_question_template():
 
 def test_usual_reading_has_no_mapping():
     assert Reading().fields == FieldsConfig()
+
+
+def test_a_dotted_name_is_a_path_into_objects():
+    """As in data sets that keep the reference beside its style."""
+    record = {"prompt": "p", "reward_model": {"ground_truth": 3.5, "style": "rule"}}
+    named = reading(fields={"answer": "reward_model.ground_truth"})
+    assert read_problem(record, named) == Problem("p", "3.5")
+    flat = {"prompt": "p", "reward_model.ground_truth": "7"}
+    assert read_problem(flat, named).answer == "7", "a field of exactly that name comes first"
+    with pytest.raises(ValueError, match=r"reward_model.ground_truth: found nothing, allowed: .*\(style\)"):
+        read_problem({"prompt": "p", "reward_model": {"style": "rule"}}, named)
