@@ -337,7 +337,9 @@ class Learner:
         left_s = (self.feed.steps - step) * seconds / len(recent)
         left_s += self.state["evals"].get("after_warm_start", self.state["evals"].get("before", {})).get("seconds", 0)
         shown = {key: round(value, 4) for key, value in figures.items()}
-        self.status.set(None, **shown, step=step, left_s=left_s, actors=actors, curve=self.state["rewards"][-40:])
+        curve = self.state["rewards"][-40:]
+        waited = {"waiting_for": "", "waited_s": 0.0}  # for this step's batch, which is trained on now
+        self.status.set(None, **shown, **waited, step=step, left_s=left_s, actors=actors, curve=curve)
         log.info("step %d/%d: %s", step, self.feed.steps, _line(figures))
 
     # --- what the guard's verdict brings ---
