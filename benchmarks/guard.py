@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.run import RESULTS, machine
-from protocol.rundir import RunDir, read_json, read_jsonl
+from benchmarks.training import log_of, train
+from protocol.rundir import read_json, read_jsonl
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.toml"
 COLLAPSING = (
@@ -44,17 +44,10 @@ RUN_LIMIT_S = 3600
 def run(policy: str, seed: int, steps: int, directory: Path) -> dict[str, Any]:
     """Train once; returns what the run says of itself. A run that fails is a row with its exit code, not the end."""
     name = f"{policy}-{seed}"
-    command = [sys.executable, "-m", "deploy.cli", "train", str(RECIPE), "--runs", str(directory), "--name", name]
-    for override in (*COLLAPSING, f'guard.policy="{policy}"', f"seed={seed}", f"steps={steps}"):
-        command += ["--set", override]
+    overrides = (*COLLAPSING, f'guard.policy="{policy}"', f"seed={seed}", f"steps={steps}")
     began = time.monotonic()
-    with open(directory / f"{name}.log", "w") as log:
-        code = subprocess.run(
-            command, check=False, timeout=RUN_LIMIT_S, stdout=log, stderr=subprocess.STDOUT
-        ).returncode
-    run_dir = RunDir(directory / name)
+    code, run_dir = train(RECIPE, directory, name, overrides, RUN_LIMIT_S)
     summary, rows = read_json(run_dir.summary) or {}, read_jsonl(run_dir.metrics)
-    rollbacks = summary.get("rollbacks", 0)
     return {
         "policy": policy,
         "seed": seed,
@@ -64,7 +57,7 @@ def run(policy: str, seed: int, steps: int, directory: Path) -> dict[str, Any]:
         "eval_before": summary.get("eval_before"),
         "eval_after_warm_start": summary.get("eval_after_warm_start"),
         "eval_after": summary.get("eval_after"),
-        "rollbacks": rollbacks if isinstance(rollbacks, int) else len(rollbacks),
+        "rollbacks": summary.get("rollbacks", 0),
         "curve": [{key: row.get(key) for key in ("step", "reward_mean", "zero_variance_share", "lr")} for row in rows],
     }
 
@@ -125,7 +118,7 @@ def main() -> None:
                 out.write_text(json.dumps(results, indent=1) + "\n")  # each time: what was measured is not lost
                 if runs[-1]["exit_code"]:
                     console.print(f"exit code {runs[-1]['exit_code']}:", markup=False)
-                    log = (Path(directory) / f"{policy}-{seed}.log").read_text("utf-8", "replace")
+                    log = log_of(Path(directory), f"{policy}-{seed}").read_text("utf-8", "replace")
                     console.print("\n".join(log.splitlines()[-15:]), markup=False)
     print_runs(console, runs, summarize(runs))
     console.print(f"stored in {out}")

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from protocol.rundir import RunDir, read_json, read_jsonl
+from benchmarks.training import log_of, train
+from protocol.rundir import read_json, read_jsonl
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.toml"
 WORKLOAD = ("eval.prompts=0", "grpo.skip_zero_advantage=false")
@@ -30,11 +29,11 @@ RUN_LIMIT_S = 1200
 
 def run(name: str, directory: Path, *overrides: str) -> dict[str, Any]:
     """Train by the demo's recipe with overrides; returns figures of the steps between the first and the last."""
-    command = [sys.executable, "-m", "deploy.cli", "train", str(RECIPE), "--runs", str(directory), "--name", name]
-    for override in (*WORKLOAD, *overrides):
-        command += ["--set", override]
-    subprocess.run(command, check=True, timeout=RUN_LIMIT_S, stdout=subprocess.DEVNULL)
-    run_dir = RunDir(directory / name)
+    code, run_dir = train(RECIPE, directory, name, (*WORKLOAD, *overrides), RUN_LIMIT_S)
+    if code:
+        raise RuntimeError(
+            f"{name} ended with {code}:\n" + log_of(directory, name).read_text("utf-8", "replace")[-2000:]
+        )
     rows, summary = read_jsonl(run_dir.metrics)[MEASURED], read_json(run_dir.summary)
     seconds = sum(row["step_s"] for row in rows)
     return {

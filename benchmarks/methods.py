@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.run import RESULTS, machine
-from protocol.rundir import RunDir, read_json, read_jsonl
+from benchmarks.training import log_of, train
+from protocol.rundir import read_json, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURE = ROOT / "docs" / "images" / "methods.png"
@@ -61,18 +61,11 @@ def run(method: str, seed: int, tokens: int, directory: Path) -> dict[str, Any]:
     """Train once; a run that fails is a row with its exit code."""
     recipe, changes = METHODS[method]
     name = f"{recipe}-{seed}-{len(list(directory.iterdir()))}"
-    command = [sys.executable, "-m", "deploy.cli", "train", str(ROOT / "recipes" / "cpu" / f"{recipe}.toml")]
-    command += ["--runs", str(directory), "--name", name]
-    for override in (*COMMON, *changes, f"seed={seed}", f"token_budget={tokens}"):
-        command += ["--set", override]
+    overrides = (*COMMON, *changes, f"seed={seed}", f"token_budget={tokens}")
     began = time.monotonic()
-    with open(directory / f"{name}.log", "w") as log:
-        code = subprocess.run(
-            command, check=False, timeout=RUN_LIMIT_S, stdout=log, stderr=subprocess.STDOUT
-        ).returncode
+    code, run_dir = train(ROOT / "recipes" / "cpu" / f"{recipe}.toml", directory, name, overrides, RUN_LIMIT_S)
     if code:
-        print(f"exit code {code}:\n" + (directory / f"{name}.log").read_text("utf-8", "replace")[-2000:])
-    run_dir = RunDir(directory / name)
+        print(f"exit code {code}:\n" + log_of(directory, name).read_text("utf-8", "replace")[-2000:])
     summary = read_json(run_dir.summary) or {}
     evals = {path.stem: read_json(path) for path in run_dir.eval.glob("*.json")}
     return {

@@ -68,7 +68,7 @@ def save(
     temporary.rename(final)
     _sync(directory)
     candidates = _good(directory)
-    proven = newest_good(directory, step - proven_after)
+    proven = _newest(candidates, step - proven_after)
     to_go_back_to = candidates[candidates.index(proven) :] if proven else []
     for old in _checkpoints(directory)[:-keep]:
         if old not in to_go_back_to:
@@ -80,7 +80,10 @@ def save(
 def newest_good(directory: Path, at_most: int | None = None) -> Path | None:
     """The newest checkpoint that was written as a good one, of step `at_most` or before; the oldest good one if all are
     later, None if there is none at all."""
-    good = _good(directory)
+    return _newest(_good(directory), at_most)
+
+
+def _newest(good: list[Path], at_most: int | None) -> Path | None:
     early = [path for path in good if at_most is None or step_of(path) <= at_most]
     return early[-1] if early else next(iter(good), None)
 

@@ -87,8 +87,8 @@ class Evaluations:
         self._take_in(self.source.finish_evaluation(timeout_s))
         return True
 
-    def go_back(self, step: int, branch: int, surviving: set[int]) -> None:
-        """The run is at `step` again, on `branch`: what measured any but `surviving` versions is put aside."""
+    def go_back(self, branch: int, surviving: set[int]) -> None:
+        """The run is on a new `branch`: what measured any but `surviving` versions is put aside."""
         self._running = None
         aside = self.run.eval / f"abandoned-by-branch-{branch}"
         for name, result in list(self.results.items()):
@@ -97,7 +97,7 @@ class Evaluations:
                 aside.mkdir(exist_ok=True)
                 for path in (self.run.eval / f"{name}.json", self.run.eval / f"{name}_responses.jsonl"):
                     path.replace(aside / path.name)
-        self.status.set(evals={key: value["reward"] for key, value in self.results.items()})
+        self._show()
 
     def _collect(self) -> dict[str, float]:
         groups = self.source.finished_evaluation()
@@ -122,6 +122,9 @@ class Evaluations:
         write_responses(self.run.eval / f"{name}_responses.jsonl", groups, self.task.heldout)
         write_result(self.run.eval / f"{name}.json", result)
         self.results[name] = asdict(result)
-        self.status.set(evals={key: value["reward"] for key, value in self.results.items()})
+        self._show()
         log.info("evaluation %s: reward %.3f +- %.3f", name, result.reward, result.reward_ci95)
         return result
+
+    def _show(self) -> None:
+        self.status.set(evals={key: value["reward"] for key, value in self.results.items()})

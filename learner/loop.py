@@ -129,7 +129,6 @@ class Learner:
         self.status.set("exporting the model")
         self.model.export(self.run.model, self.tokenizer)
         if ended_by_guard:
-            self._count_wall()
             self._write_summary()
             raise ended_by_guard
 
@@ -360,7 +359,6 @@ class Learner:
         often = f" after {self.state['rollbacks']} rollbacks" if policy == "rollback" else ""
         self._go_back()
         if self.actors:
-            self._publish()
             self.actors.source.pause_training(recall=True)
         raise GuardStop(
             f"the guard ended the run{often}: {verdict.tripped}. The last good checkpoint is of step"
@@ -372,8 +370,6 @@ class Learner:
         """Go on from the last good checkpoint, on a new branch, with a smaller learning rate."""
         before = self.state["step"]
         self._go_back(self.recipe.guard.lr_factor, rollbacks=1)
-        if self.actors:
-            self._publish()
         log.warning(
             "rolled back from step %d to step %d (branch %d), learning rate x %g: %s",
             *(before, self.state["step"], self.state["branch"], self.state["lr_scale"], why),
@@ -413,10 +409,12 @@ class Learner:
         self.guard.restore(self.state["guard"])
         if self.actors:
             surviving = {version for version, step in self.versions.steps.items() if step <= self.state["step"]}
-            self.evaluations.go_back(self.state["step"], branch, surviving)
+            self.evaluations.go_back(branch, surviving)
             self.actors.source.roll_back(restored["tickets"], branch, self.versions.next)
         self._checkpoint()
         self.metrics.roll_back(self.state["step"], branch)
+        if self.actors:
+            self._publish()
 
     # --- versions and evaluations ---
 
@@ -468,7 +466,6 @@ class Learner:
 
     def _finish(self) -> None:
         """The figures of the whole run, and the actors are sent home."""
-        self._count_wall()
         self._write_summary()
         if self.actors:
             self.actors.leave(DRAIN_TIMEOUT_S)
@@ -479,6 +476,7 @@ class Learner:
         self.began = now
 
     def _write_summary(self) -> None:
+        self._count_wall()
         write_json(self.run.summary, run_summary(self.recipe, self.state, self.actors, self.versions))
 
 

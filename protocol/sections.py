@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -92,7 +93,7 @@ class RolloutConfig(Section):
     max_tokens: Positive = 16
     temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Count = 0
     min_p: Fraction = 0.0
     accept_sampling_bias: bool = False
     """Must be true to train on completions drawn with top_p, top_k or min_p: the gradient is then biased."""
@@ -105,7 +106,7 @@ class RolloutConfig(Section):
     """A lease older than this that blocks the next batch is cancelled and issued again."""
     dynamic_sampling: bool = False
     """grpo: groups whose rewards are all equal are filtered and replaced (DAPO); each is counted."""
-    max_filtered_per_step: Annotated[int, Field(ge=0)] = 0
+    max_filtered_per_step: Count = 0
     """dynamic_sampling: beyond so many in one step, equal groups are trained on as they are. 0: 8 x groups_per_step."""
 
 
@@ -137,7 +138,7 @@ class GrpoConfig(Section):
     kl_in: Literal["loss", "reward"] = "loss"
     overlong: Literal["none", "penalty", "mask"] = "none"
     """Completions that reach for rollout.max_tokens. penalty: DAPO's soft punishment; mask: cut ones are left out."""
-    overlong_buffer: Annotated[int, Field(ge=0)] = 0
+    overlong_buffer: Count = 0
     """penalty: tokens before rollout.max_tokens over which it grows from 0 to overlong_penalty."""
     overlong_penalty: PositiveFloat = 1.0
     skip_zero_advantage: bool = True
@@ -158,7 +159,7 @@ class SftConfig(Section):
 class ExpertIterationConfig(Section):
     min_reward: float = 1.0
     """Completions of at least this reward are kept."""
-    max_per_question: Annotated[int, Field(ge=0)] = 0
+    max_per_question: Count = 0
     """Kept completions of one question at most, the first ones; 0: all."""
     deduplicate: bool = True
     """Of equal completions of a question one is kept."""
@@ -181,9 +182,9 @@ class OptimConfig(Section):
     lr: PositiveFloat = 1e-5
     betas: Annotated[tuple[Fraction, Fraction], TomlArray] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     max_grad_norm: PositiveFloat = 1.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
     schedule: Literal["constant", "cosine"] = "constant"
     min_lr_ratio: Fraction = 0.1
     """cosine: the last step's learning rate as a share of `lr`."""
@@ -194,7 +195,7 @@ class OptimConfig(Section):
 
 
 class WarmStartConfig(Section):
-    examples: Annotated[int, Field(ge=0)] = 0
+    examples: Count = 0
     """Demonstrations of the SFT phase before the first step; 0: no warm start."""
     epochs: Positive = 2
     batch_size: Positive = 16
@@ -202,18 +203,18 @@ class WarmStartConfig(Section):
 
 
 class EvalConfig(Section):
-    prompts: Annotated[int, Field(ge=0)] = 64
+    prompts: Count = 64
     """Held-out problems; 0: no evaluation."""
     samples: Positive = 4
     """Completions a problem."""
     temperature: PositiveFloat = 1.0
-    max_tokens: Annotated[int, Field(ge=0)] = 0
+    max_tokens: Count = 0
     """0: as in `rollout`."""
-    every_steps: Annotated[int, Field(ge=0)] = 0
+    every_steps: Count = 0
     """Evaluate in the background every so many steps, too. 0: before and after only."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Of the tickets in the actors' hands, those of a background evaluation."""
-    examples_shown: Annotated[int, Field(ge=0)] = 4
+    examples_shown: Count = 4
 
 
 class GuardConfig(Section):
@@ -250,13 +251,13 @@ class LearnerConfig(Section):
     """Budget of packed tokens (padding included) of one forward and backward pass."""
     packing: bool = True
     """Several prompts in one line under the block mask, where they fit; false: one a line, padded to the longest."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Count = 0
     """CPU threads of the mathematics; 0: all cores, half of them while engines generate beside it."""
     gradient_checkpointing: bool = False
 
 
 class ActorConfig(Section):
-    count: Annotated[int, Field(ge=0)] = 1
+    count: Count = 1
     """Actors that the launcher starts; 0: actors are started by hand (`tandem actor`)."""
     engine: Literal["vllm", "fake"] = "vllm"
     max_running: Positive = 64
@@ -265,17 +266,17 @@ class ActorConfig(Section):
     """CPU engine: memory of the KV cache."""
     gpu_memory_utilization: Fraction = 0.85
     """GPU engine: share of the GPU that vLLM may take (of the fraction given to the actor)."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Count = 0
     """CPU engine: OpenMP threads; 0: all cores."""
     cpus: Annotated[float, Field(gt=0)] = 1.0
     """CPUs that each actor asks of Ray."""
-    gpus: Annotated[float, Field(ge=0)] = 0.0
+    gpus: NotNegative = 0.0
     """GPUs that each actor asks of Ray; 0: one where there are two or more, half of one where there is one."""
     enforce_eager: bool = True
     start_timeout_s: PositiveFloat = 600.0
     grader_workers: Positive = 1
     grader_timeout_s: PositiveFloat = 5.0
-    fake_token_s: Annotated[float, Field(ge=0)] = 0.0
+    fake_token_s: NotNegative = 0.0
     """fake engine: seconds that one token takes (all completions at once), asleep."""
 
 
@@ -287,7 +288,7 @@ class WeightsConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every_steps: Annotated[int, Field(ge=0)] = 0
+    every_steps: Count = 0
     """0: only at the end and on interruption."""
     keep: Positive = 2
 

@@ -323,11 +323,10 @@ class Dispatcher:
     def holds(self, index: int) -> bool:
         """Whether the group of a train index is here and not part of a batch: a checkpoint's replay must find it."""
         ticket_id = TicketId(self.branch, index)
-        filtered = any(group.id == ticket_id for group in self.filtered_groups)
-        return ticket_id in self.train.queued or index in self._replay or filtered
+        return ticket_id in self.train.queued or index in self._replay or self.is_filtered_out(ticket_id)
 
     def is_filtered_out(self, ticket_id: TicketId) -> bool:
-        """Whether a group that was just received has been filtered."""
+        """Whether the group of a ticket has been filtered since the last batch was taken."""
         return any(group.id == ticket_id for group in self.filtered_groups)
 
     def missing(self) -> list[TicketId]:
