@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import xxhash
@@ -28,6 +28,23 @@ GSM8K_SPLITS = ("train", "test")
 HUB_TIMEOUT_S = 20.0
 _MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti")
 _BINARY = ("binary", "large_binary")
+
+
+class Keys(NamedTuple):
+    """What errors call the three parts of a data set's name: the options of a command, or the keys of a recipe."""
+
+    dataset: str = "NAME"
+    subset: str = "--subset"
+    split: str = "--split"
+
+
+COMMAND_KEYS = Keys()
+GSM8K_KEYS = Keys(split="--from")
+
+
+def recipe_keys(split: str) -> Keys:
+    return Keys("task.dataset", "task.subset", f"task.{split}")
+
 
 Progress = Callable[[str], None]
 Records = Iterable[dict[str, Any]]
@@ -56,15 +73,17 @@ def resolve_task(recipe: Recipe, progress: Progress) -> Recipe:
         if not task.heldout and cached["test"].is_file():
             files["heldout"] = str(cached["test"])
     elif task.name == "hub":
-        files["train"] = str(hub_file(task.dataset, task.subset, task.train_split, progress, "task.train_split"))
+        files["train"] = str(
+            hub_file(task.dataset, task.subset, task.train_split, progress, recipe_keys("train_split"))
+        )
         if task.heldout_split:
-            heldout = hub_file(task.dataset, task.subset, task.heldout_split, progress, "task.heldout_split")
+            heldout = hub_file(task.dataset, task.subset, task.heldout_split, progress, recipe_keys("heldout_split"))
             files["heldout"] = str(heldout)
     return recipe.model_copy(update={"task": task.model_copy(update=files)})
 
 
 def hub_file(
-    dataset: str, subset: str, split: str, progress: Progress, split_key: str = "--split", again: bool = False
+    dataset: str, subset: str, split: str, progress: Progress, keys: Keys = COMMAND_KEYS, again: bool = False
 ) -> Path:
     """One split as JSON lines in the cache. The hub is asked where there is no copy, or `again`.
 
@@ -78,11 +97,13 @@ def hub_file(
     if target.is_file() and not again and not local.is_dir():
         return target
     progress(f"reading {dataset}" if local.is_dir() else f"fetching {dataset} ({split}) from the Hugging Face hub")
-    with _loaded(dataset, subset, split, split_key) as records:
+    with _loaded(dataset, subset, split, keys) as records:
         count = _write(target, records)
     if not count:
         target.unlink()
-        raise RecipeError(f"{split_key}: found {split!r} of {dataset} without a record, allowed: a split that has some")
+        raise RecipeError(
+            f"{keys.split}: found {split!r} of {dataset} without a record, allowed: a split that has some"
+        )
     return target
 
 
@@ -125,7 +146,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 def _gsm8k_records(source: Path | None, split: str) -> Iterator[tuple[Records, str]]:
     """(records, their name in errors) of one split."""
     if source is None:
-        with _loaded(GSM8K_ID, GSM8K_SUBSET, split, "--from") as records:
+        with _loaded(GSM8K_ID, GSM8K_SUBSET, split, GSM8K_KEYS) as records:
             yield records, f"{GSM8K_ID}/{split}"
         return
     file = source / f"{split}.jsonl" if source.is_dir() else source
@@ -134,7 +155,7 @@ def _gsm8k_records(source: Path | None, split: str) -> Iterator[tuple[Records, s
         return
     subset = GSM8K_SUBSET if (source / GSM8K_SUBSET).is_dir() else ""
     folder = source / subset if source.is_dir() else source
-    with _loaded(str(folder), "", split, "--from") as records:
+    with _loaded(str(folder), "", split, GSM8K_KEYS) as records:
         yield records, f"{folder}/{split}" if source.is_dir() else str(source)
 
 
@@ -174,7 +195,7 @@ def _write(target: Path, records: Records) -> int:
 
 
 @contextlib.contextmanager
-def _loaded(dataset: str, subset: str, split: str, split_key: str) -> Iterator[Records]:
+def _loaded(dataset: str, subset: str, split: str, keys: Keys) -> Iterator[Records]:
     """The records of one split, by the package `datasets`; pictures, sound and bytes are left out.
 
     Its own copies of local files go when the block ends; of the hub's it keeps them in its cache. Raises RecipeError.
@@ -195,7 +216,7 @@ def _loaded(dataset: str, subset: str, split: str, split_key: str) -> Iterator[R
                 _ask_hub(dataset)
             loaded = datasets.load_dataset(**arguments)
         except Exception as error:  # the hub's client and the readers of a dozen formats raise as many kinds
-            raise _refusal(error, dataset, subset, split, split_key) from error
+            raise _refusal(error, dataset, subset, split, keys) from error
         kept = [name for name, feature in loaded.features.items() if not _is_media(feature)]
         yield loaded.select_columns(kept)
 
@@ -212,19 +233,19 @@ def _ask_hub(dataset: str) -> None:
         HfApi().dataset_info(dataset, timeout=HUB_TIMEOUT_S)
 
 
-def _refusal(error: Exception, dataset: str, subset: str, split: str, split_key: str) -> RecipeError:
+def _refusal(error: Exception, dataset: str, subset: str, split: str, keys: Keys) -> RecipeError:
     """One line: the key, what was found, the cause, what is allowed."""
     text = " ".join(str(error).split()) or type(error).__name__
     if "Unknown split" in text:
         return RecipeError(
-            f"{split_key}: found {split!r} of {dataset}, allowed: {text.partition('one of ')[2] or text}"
+            f"{keys.split}: found {split!r} of {dataset}, allowed: {text.partition('one of ')[2] or text}"
         )
     if "BuilderConfig" in text or "Config name is missing" in text:
-        return RecipeError(f"task.subset: found {subset!r} of {dataset}; {text}")
+        return RecipeError(f"{keys.subset}: found {subset!r} of {dataset}; {text}")
     copy = "a copy of it with `tandem data fetch gsm8k --from FILE-OR-DIR`"
     return RecipeError(
-        f"task.dataset: found {dataset!r}, which cannot be had: {text[:300]}. Allowed: the id of a data set on the hub"
-        " (owner/name; see HF_ENDPOINT, HF_TOKEN), one that `tandem data fetch` brought before, or"
+        f"{keys.dataset}: found {dataset!r}, which cannot be had: {text[:300]}. Allowed: the id of a data set on the"
+        " hub (owner/name; see HF_ENDPOINT, HF_TOKEN), one that `tandem data fetch` brought before, or"
         f" {copy if dataset == GSM8K_ID else 'a local directory of JSONL or Parquet files'}"
     )
 

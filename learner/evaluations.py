@@ -45,7 +45,7 @@ class Evaluations:
 
     def measure(self, name: str, version: int, timeout_s: float) -> EvalResult | None:
         """Held-out reward of exactly one version, with training idle; None if the recipe wants no evaluation."""
-        if not self.recipe.eval.prompts:
+        if not self.recipe.eval.wanted:
             return None
         phase = f"evaluation {name.replace('_', ' ')}" if name != "eval" else "evaluation"
         self.status.set(phase)

@@ -429,7 +429,7 @@ class Learner:
         return known if known is not None else self._publish()
 
     def _publish_finished(self) -> int:
-        return self._current_version() if self.actors and self.recipe.eval.prompts else 0
+        return self._current_version() if self.actors and self.recipe.eval.wanted else 0
 
     def _evaluate(self, name: str, version: int) -> None:
         if self.actors:

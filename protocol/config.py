@@ -101,7 +101,7 @@ class Recipe(Section):
         if self.method == "eval":  # keys of training stand in nobody's way
             if self.steps:
                 raise ValueError(f'steps: found {self.steps}, allowed with method = "eval": 0, it trains nothing')
-            if not self.eval.prompts:
+            if not self.eval.wanted:
                 raise ValueError('eval.prompts: found 0, allowed with method = "eval": 1 or more')
             return
         if self.warm_start.examples and self.method not in ROLLOUT_METHODS:
@@ -122,7 +122,7 @@ class Recipe(Section):
                     f'{key}: found {count} with method = "{self.method}", allowed: 1; [{self.method}] has epochs and'
                     " batch_size of its own"
                 )
-        if self.eval.every_steps and not self.eval.prompts:
+        if self.eval.every_steps and not self.eval.wanted:
             raise ValueError(
                 f"eval.every_steps: found {self.eval.every_steps}, allowed with eval.prompts = 0: 0, there is nothing"
                 " to evaluate"
@@ -222,7 +222,7 @@ class Recipe(Section):
         self._check_eval_tokens()
 
     def _check_eval_tokens(self) -> None:
-        if self.eval.prompts and self.eval_sampling_tokens >= self.model.max_model_len:
+        if self.eval.wanted and self.eval_sampling_tokens >= self.model.max_model_len:
             raise ValueError(
                 f"eval.max_tokens: found {self.eval_sampling_tokens}, allowed: less than model.max_model_len ="
                 f" {self.model.max_model_len} (the prompt needs room, too)"
@@ -243,7 +243,7 @@ class Recipe(Section):
     @property
     def needs_actors(self) -> bool:
         """Whether anything is to be drawn from the model at all."""
-        return self.method not in OFFLINE_METHODS or self.eval.prompts > 0
+        return self.method not in OFFLINE_METHODS or self.eval.wanted
 
     @property
     def eval_sampling_tokens(self) -> int:

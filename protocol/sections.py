@@ -5,9 +5,10 @@ Models are frozen and refuse unknown keys. Runtime state is never stored here. d
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -16,6 +17,16 @@ NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 TomlArray = Field(strict=False)
 """Sections are strict (a string is no number), but TOML has no tuples: an array becomes one, its items stay strict."""
+
+
+def _count_or_all(value: Any) -> Any:
+    """One fault for both types that are allowed, where a union would give two."""
+    if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise PydanticCustomError("count_or_all", 'a number, 0 or more, or "all"')
+
+
+CountOrAll = Annotated[int | Literal["all"], BeforeValidator(_count_or_all)]
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -38,6 +49,8 @@ class FieldsConfig(Section):
     """Which field of a record is what; an empty name: the usual ones are looked for."""
 
     prompt: str = ""
+    input: str = ""
+    """Text that belongs behind the prompt, as in Alpaca's records; beside "instruction" one called "input" is found."""
     answer: str = ""
     solution: str = ""
     """Response to demonstrate: the warm start's, and what method = "sft" trains on."""
@@ -71,6 +84,8 @@ class TaskConfig(Section):
     """The prompt: the model's chat template, "r1_zero", "question_only", or a file with {question} in it."""
     solution_format: Literal["plain", "r1_zero"] = "plain"
     """r1_zero: a demonstrated solution becomes "<think> reasoning </think> <answer> answer </answer>"."""
+    over_long: Literal["refuse", "leave_out"] = "refuse"
+    """Training problems and pairs that do not fit into model.max_model_len; held-out problems are never left out."""
     system_prompt: str = ""
     """chat: put before the prompt through the model's chat template."""
 
@@ -203,8 +218,8 @@ class WarmStartConfig(Section):
 
 
 class EvalConfig(Section):
-    prompts: Count = 64
-    """Held-out problems; 0: no evaluation."""
+    prompts: CountOrAll = 64
+    """Held-out problems; "all": of a file, split or data set of their own; 0: no evaluation."""
     samples: Positive = 4
     """Completions a problem."""
     temperature: PositiveFloat = 1.0
@@ -215,6 +230,11 @@ class EvalConfig(Section):
     share: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Of the tickets in the actors' hands, those of a background evaluation."""
     examples_shown: Count = 4
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is evaluated."""
+        return self.prompts != 0
 
 
 class GuardConfig(Section):

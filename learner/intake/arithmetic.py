@@ -96,8 +96,9 @@ def largest_sum(recipe: Recipe) -> Problem:
 
 def make_arithmetic(recipe: Recipe) -> ProblemSet:
     """Sums of two operands. A pair is held out as an unordered one: with 3 + 4 goes 4 + 3."""
-    task, heldout, demonstrated = recipe.task, recipe.eval.prompts, recipe.warm_start.examples
+    task, demonstrated = recipe.task, recipe.warm_start.examples
     pairs = count_pairs(task.max_operand)
+    heldout = pairs if recipe.eval.prompts == "all" else recipe.eval.prompts
     if heldout + demonstrated > pairs or (heldout == pairs and recipe.method != "eval"):
         raise RecipeError(
             f"task.max_operand: found {task.max_operand}, which makes {pairs} pairs of operands, allowed: enough for"

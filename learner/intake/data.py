@@ -136,6 +136,8 @@ def load_task(recipe: Recipe, tokenizer: Any) -> Task:
     prompter = Prompter(tokenizer, recipe.task.system_prompt, template)
     if recipe.task.name != "arithmetic" and recipe.method != "eval":
         problems = _without_heldout_prompts(problems, prompter)
+        if recipe.task.over_long == "leave_out":
+            problems = _without_over_long(recipe, problems, prompter)
     task = Task(recipe, problems, prompter, template)
     _check_pairs(recipe, task)
     _check_lengths(recipe, task, problems, prompter)
@@ -184,22 +186,50 @@ def _check_pairs(recipe: Recipe, task: Task) -> None:
 def _check_lengths(recipe: Recipe, task: Task, problems: ProblemSet, prompter: Prompter) -> None:
     """Raise RecipeError if a prompt and its completion, or a response to learn from, do not fit into the context."""
     room = recipe.model.max_model_len
+    bounding = _bounding_problems(recipe, problems)
     if recipe.method in ROLLOUT_METHODS:
-        prompts = [len(prompter.prompt_ids(problem.prompt)) for problem in _bounding_problems(recipe, problems)]
-        _check_fit(prompts, room, recipe.rollout.max_tokens, "training prompts")
+        prompts = [_learned_length(recipe, problem, prompter) for problem in bounding]
+        _check_fit(prompts, room, recipe.rollout.max_tokens, "training prompts", may_leave_out=True)
     heldout = [len(example.prompt_ids) for example in task.heldout]
     _check_fit(heldout, room, recipe.eval_sampling_tokens, "held-out prompts")
     demonstrations = [sum(map(len, task.demonstration_tokens(example))) for example in task.demonstrations]
-    _check_fit(demonstrations, room, 0, "demonstrations")
+    _check_fit(demonstrations, room, 0, "demonstrations", may_leave_out=True)
     if recipe.method in OFFLINE_METHODS:
-        bounding = _bounding_problems(recipe, problems)
-        learned: Sequence[tuple[pairs.Ids, ...]] = (
-            pairs.sft_pairs(bounding, prompter)
-            if recipe.method == "sft"
-            else pairs.preference_pairs(bounding, prompter)
+        learned = [problem for problem in bounding if _responses(recipe, problem)]
+        lengths = [_learned_length(recipe, problem, prompter) for problem in learned]
+        _check_fit(lengths, room, 0, "pairs of prompt and response", may_leave_out=True)
+
+
+def _without_over_long(recipe: Recipe, problems: ProblemSet, prompter: Prompter) -> ProblemSet:
+    """The problem set without training problems and demonstrations that do not fit; says how many they were."""
+    context = recipe.model.max_model_len
+    room = context - (recipe.rollout.max_tokens if recipe.method in ROLLOUT_METHODS else 0)
+    train = [problem for problem in problems.train if _learned_length(recipe, problem, prompter) <= room]
+    if left_out := len(problems.train) - len(train):
+        log.warning(
+            "%d of %d training problems left out, they have more than %d tokens", left_out, len(problems.train), room
         )
-        lengths = [len(prompt) + max(map(len, responses)) for prompt, *responses in learned]
-        _check_fit(lengths, room, 0, "pairs of prompt and response")
+    if not train:
+        raise RecipeError(f"model.max_model_len: found {context}, allowed: more, no training problem fits into that")
+    shown = problems.demonstrations
+    fitting = tuple(
+        p for p in shown if len(prompter.prompt_ids(p.prompt)) + len(prompter.response_ids(p.solution)) <= context
+    )
+    if len(fitting) < len(shown):
+        log.warning("%d of %d demonstrations left out, they are too long", len(shown) - len(fitting), len(shown))
+    return dataclasses.replace(problems, train=train, demonstrations=fitting)
+
+
+def _learned_length(recipe: Recipe, problem: Problem, prompter: Prompter) -> int:
+    """Tokens of the prompt, and of the longest response that the method learns from."""
+    responses = [len(prompter.response_ids(response)) for response in _responses(recipe, problem)]
+    return len(prompter.prompt_ids(problem.prompt)) + max(responses, default=0)
+
+
+def _responses(recipe: Recipe, problem: Problem) -> list[str]:
+    """What a method that learns from a data set has of a problem."""
+    found = {"sft": [problem.solution], "dpo": [problem.chosen, problem.rejected]}
+    return [response for response in found.get(recipe.method, []) if response]
 
 
 def _bounding_problems(recipe: Recipe, problems: ProblemSet) -> Sequence[Problem]:
@@ -209,7 +239,7 @@ def _bounding_problems(recipe: Recipe, problems: ProblemSet) -> Sequence[Problem
     return problems.train
 
 
-def _check_fit(lengths: Sequence[int], room: int, max_tokens: int, what: str) -> None:
+def _check_fit(lengths: Sequence[int], room: int, max_tokens: int, what: str, may_leave_out: bool = False) -> None:
     too_long = [length for length in lengths if length + max_tokens > room]
     if too_long:
         completion = f" beside a completion of {max_tokens}" if max_tokens else ""
@@ -217,4 +247,5 @@ def _check_fit(lengths: Sequence[int], room: int, max_tokens: int, what: str) ->
             f"model.max_model_len: found {room}, which leaves {room - max_tokens} tokens{completion}; {len(too_long)}"
             f" of {len(lengths)} {what} have more, up to {max(too_long)}. Allowed: at least"
             f" {max(too_long) + max_tokens}, or shorter {what}"
+            + (', or task.over_long = "leave_out"' if may_leave_out else "")
         )

@@ -37,6 +37,11 @@ def make_reasoning_gym(recipe: Recipe) -> ProblemSet:
     references.
     """
     task, wanted = recipe.task, recipe.eval.prompts
+    _check_name(task.dataset)
+    if wanted == "all":
+        raise RecipeError(
+            'eval.prompts: found "all", allowed with task.name = "reasoning_gym": a number, they are generated'
+        )
     graded = recipe.method not in OFFLINE_METHODS or wanted
     tasks_graded = re.findall(r"reasoning_gym:(\w+)", task.grader)
     if graded and (":" not in task.grader or any(name != task.dataset for name in tasks_graded)):
@@ -62,19 +67,25 @@ def make_reasoning_gym(recipe: Recipe) -> ProblemSet:
     return split_problems(recipe, train, apart if wanted else None, "task.dataset", task.dataset)
 
 
+def _check_name(name: str) -> None:
+    """Raise RecipeError for a task that the package does not have."""
+    from reasoning_gym.factory import DATASETS
+
+    names = sorted(set(DATASETS) - {_MADE_OF_OTHERS})
+    if name not in names:
+        near = difflib.get_close_matches(name, names, _NEAR_NAMES, cutoff=0.4) or names[:_NEAR_NAMES]
+        raise RecipeError(
+            f"task.dataset: found {name!r}, allowed: one of the {len(names)} tasks of reasoning_gym, such"
+            f" as {', '.join(near)}"
+        )
+
+
 def _entries(recipe: Recipe, first_seed: int, size: int) -> Iterator[dict[str, Any]]:
     """The entries of a data set whose seed is drawn from the recipe's, at `first_seed` or above."""
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
     task = recipe.task
-    names = sorted(set(DATASETS) - {_MADE_OF_OTHERS})
-    if task.dataset not in names:
-        near = difflib.get_close_matches(task.dataset, names, _NEAR_NAMES, cutoff=0.4) or names[:_NEAR_NAMES]
-        raise RecipeError(
-            f"task.dataset: found {task.dataset!r}, allowed: one of the {len(names)} tasks of reasoning_gym, such"
-            f" as {', '.join(near)}"
-        )
     known = [field.name for field in dataclasses.fields(DATASETS[task.dataset][1]) if field.name not in _OWN_OPTIONS]
     if unknown := [name for name in task.options if name not in known]:
         raise RecipeError(

@@ -80,8 +80,9 @@ def split_problems(
     message or with other white space; `data.py` looks once more, at the tokens. Of `apart` every prompt is held out,
     drawn or not. Errors name `key`, the recipe's for the training problems, and what was `found` there.
     """
-    wanted, seed = recipe.eval.prompts, recipe.seed
+    seed = recipe.seed
     candidates = [problem for problem in (train if apart is None else apart) if problem.answer]
+    wanted = len(candidates) if recipe.eval.prompts == "all" else recipe.eval.prompts
     if wanted > len(candidates):
         where = key if apart is None else "task.heldout"
         raise RecipeError(

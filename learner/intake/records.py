@@ -17,7 +17,9 @@ from protocol.config import Recipe
 from protocol.sections import FieldsConfig
 
 ROLES = ("system", "user", "assistant")
-PROMPT_NAMES = ("prompt", "question", "problem", "query")
+PROMPT_NAMES = ("prompt", "question", "problem", "query", "instruction")
+INPUT_OF = {"instruction": "input"}
+"""Prompt's name -> name of a text that belongs behind it (Alpaca)."""
 ANSWER_NAMES = ("answer", "final_answer", "ground_truth")
 SOLUTION_NAMES = ("solution",)
 RESPONSE_NAMES = ("solution", "response", "completion", "output")
@@ -53,10 +55,10 @@ class Reading:
         graded = method in ("grpo", "expert_iteration", "eval")
         return cls(
             fields=task.fields,
-            grader=task.grader if graded or recipe.eval.prompts else "",
+            grader=task.grader if graded or recipe.eval.wanted else "",
             one_question=task.template != CHAT,
             solution_format=task.solution_format,
-            needs_answer=graded or (heldout and recipe.eval.prompts > 0),
+            needs_answer=graded or (heldout and recipe.eval.wanted),
             needs_solution=method == "sft" and not heldout,
             needs_pair=method == "dpo" and not heldout,
         )
@@ -72,7 +74,7 @@ def read_problem(record: Record, reading: Reading) -> Problem:
         prompt_name, asked = fields.chosen or "chosen", list(before)
     elif _is_conversation(record, reading):
         prompt_name, (asked, response) = CONVERSATION, _conversation(CONVERSATION, record[CONVERSATION])
-    prompt = _prompt(prompt_name, asked, reading.one_question)
+    prompt = _with_input(record, reading, prompt_name, _prompt(prompt_name, asked, reading.one_question))
     answer, solution = _answer_and_solution(record, reading, prompt_name, response)
     if reading.grader == "integer" and answer and not _INTEGER.fullmatch(answer):
         raise ValueError(f'answer: found {answer[:40]!r}, allowed with task.grader = "integer": an integer')
@@ -197,6 +199,16 @@ def _prompt(name: str, prompt: Any, one_question: bool) -> Prompt:
         f"{name}: found {shown(prompt)}, allowed: a text, or a list of messages"
         f' {{"role": {" or ".join(ROLES)}, "content": a text}}'
     )
+
+
+def _with_input(record: Record, reading: Reading, prompt_name: str, prompt: Prompt) -> Prompt:
+    """The prompt, and behind an empty line the text that belongs to it, where the record has one."""
+    name, text = _find(record, reading.fields.input, tuple(filter(None, [INPUT_OF.get(prompt_name)])) or ("",))
+    if text is None or text == "":
+        return prompt
+    if not isinstance(text, str) or not isinstance(prompt, str):
+        raise ValueError(f"{name}: found {shown(text)} beside {prompt_name}, allowed: a text behind a text")
+    return f"{prompt}\n\n{text}" if text.strip() else prompt
 
 
 def _pair(record: Record, reading: Reading) -> tuple[str, str, tuple[Message, ...]]:

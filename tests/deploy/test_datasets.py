@@ -182,16 +182,24 @@ def test_hub_out_of_reach_is_one_line(cache):
         )
         assert result.returncode == 2
         (line,) = result.stderr.strip().splitlines()
-        assert line.startswith(f"error: task.dataset: found '{name.replace('gsm8k', 'openai/gsm8k')}', which cannot be")
+        assert line.startswith(f"error: NAME: found '{name.replace('gsm8k', 'openai/gsm8k')}', which cannot be")
         assert "refused" in line
         assert ("--from FILE-OR-DIR" if name == "gsm8k" else "a local directory of JSONL or Parquet") in line
         assert not list(cache.rglob("*.jsonl*"))
 
 
+def test_data_fetch_names_its_own_options(tmp_path):
+    write(tmp_path / "set" / "train.jsonl", [{"prompt": "a"}])
+    with pytest.raises(RecipeError, match=r"--split: found 'tran' of .*, allowed: \['train'\]"):
+        hub_file(str(tmp_path / "set"), "", "tran", silent)
+    with pytest.raises(RecipeError, match=r"--subset: found 'main' of "):
+        hub_file(str(tmp_path / "set"), "main", "train", silent)
+
+
 def test_no_data_set_runs_code(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(RecipeError, match=r"task\.dataset: found "):
+    with pytest.raises(RecipeError, match=r"NAME: found "):
         hub_file(str(tmp_path / "set"), "", "train", silent)
     assert not (tmp_path / "ran").exists()
 

@@ -104,7 +104,7 @@ def test_recipe_by_default_measures_sums() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: path.stem)
 def test_a_model_can_be_measured_by_the_recipe_of_any_training_run(path: Path) -> None:
-    recipe = eval_recipe(EvalOptions(model="bundled", recipe=path, prompts=5), lambda model: 8192)
+    recipe = eval_recipe(EvalOptions(model="bundled", recipe=path, prompts="5"), lambda model: 8192)
     before = load_recipe(path)
     assert (recipe.method, recipe.steps, recipe.eval.prompts) == ("eval", 0, 5)
     assert (recipe.task, recipe.eval.temperature) == (before.task, before.eval.temperature)
@@ -128,10 +128,16 @@ def test_template_brings_its_grader_and_its_end() -> None:
     assert (gym.task.dataset, gym.task.grader) == ("chain_sum", "reasoning_gym:chain_sum")
 
 
+def test_number_of_prompts_may_be_all() -> None:
+    assert built(prompts="all").eval.prompts == "all"
+    with pytest.raises(RecipeError, match=r'eval.prompts: found \'some\', allowed: a number, 0 or more, or "all"'):
+        built(prompts="some")
+
+
 def test_options_and_set_go_over_the_defaults() -> None:
     recipe = built(
-        task="jsonl", data='a "b".jsonl', samples=100, temperature=0.5, prompts=3, max_tokens=900, seed=4, name="mine",
-        overrides=("eval.prompts=5", "actor.count=2"),
+        task="jsonl", data='a "b".jsonl', samples=100, temperature=0.5, prompts="3", max_tokens=900, seed=4,
+        name="mine", overrides=("eval.prompts=5", "actor.count=2"),
     )  # fmt: skip
     assert (recipe.task.train, recipe.seed, recipe.name) == ('a "b".jsonl', 4, "mine")
     assert (recipe.eval.samples, recipe.eval.temperature, recipe.eval.prompts) == (100, 0.5, 5)
@@ -160,7 +166,7 @@ def test_recipe_file_keeps_what_no_option_changes(tmp_path: Path) -> None:
     [
         ({"samples": 0}, "eval.samples: found 0, allowed: "),
         ({"temperature": 0.0}, r"eval.temperature: found 0\.0, allowed: "),
-        ({"prompts": 0}, "eval.prompts: found 0, allowed with method"),
+        ({"prompts": "0"}, "eval.prompts: found 0, allowed with method"),
         ({"task": "mmlu"}, "task.name: found 'mmlu'"),
         ({"task": "jsonl"}, "task.train: found"),
         ({"task": "hub"}, "task.dataset: found"),

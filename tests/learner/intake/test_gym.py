@@ -69,6 +69,16 @@ def test_gym_names_near_tasks_and_known_options():
         make_reasoning_gym(recipe_of(options={"min_terms": 9, "max_terms": 3}))
 
 
+def test_gym_wrong_name_comes_before_its_grader():
+    with pytest.raises(RecipeError, match=r"task.dataset: found 'chain_sums'"):
+        make_reasoning_gym(recipe_of("chain_sums", grader="integer"))
+
+
+def test_gym_cannot_hold_out_everything():
+    with pytest.raises(RecipeError, match=r"eval.prompts: found \"all\", allowed with .*: a number"):
+        make_reasoning_gym(recipe_of(prompts="all"))
+
+
 @pytest.mark.parametrize("grader", ["integer", "reasoning_gym:leg_counting"])
 def test_gym_needs_the_grader_of_its_task(grader):
     with pytest.raises(RecipeError, match=r"task.grader: found .* allowed .*\"reasoning_gym:chain_sum\""):

@@ -131,6 +131,38 @@ def test_pairs_that_do_not_fit_are_counted(tokenizer, tmp_path):
     assert len(fits.sft_pairs()) == 1, "nothing is drawn: no room for a completion is needed"
 
 
+def test_pairs_that_do_not_fit_are_left_out_on_request(tokenizer, tmp_path, caplog):
+    long = {"prompt": "p", "chosen": "c", "rejected": "r " * 300}
+    leave_out = {"over_long": "leave_out"}
+    task = task_of(tokenizer, "dpo", [long, *preferences(3)], tmp_path / "t.jsonl", task=leave_out)
+    assert [task.text(chosen) for _, chosen, _ in task.preference_pairs()] == [f"good {i}<|im_end|>" for i in range(3)]
+    assert task.train_size == 3
+    assert "1 of 4 training problems left out, they have more than 256 tokens" in caplog.text
+    with pytest.raises(RecipeError, match=r"model.max_model_len: found 256, allowed: more, no training problem fits"):
+        task_of(tokenizer, "dpo", [long], tmp_path / "t.jsonl", task=leave_out)
+
+
+def test_prompts_without_room_for_a_completion_are_left_out_on_request(tokenizer, tmp_path, caplog):
+    records = [{"prompt": "p " * n, "answer": "1", "solution": "1"} for n in (1, 50, 90)]
+    given = {
+        "task": {"over_long": "leave_out"},
+        "rollout": {"max_tokens": 90},
+        "warm_start": {"examples": 3, "batch_size": 1},
+    }
+    task = task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", **given)
+    assert [task.train_size, len(task.demonstrations)] == [2, 3], "a demonstration draws nothing"
+    assert "1 of 3 training problems left out, they have more than 166 tokens" in caplog.text
+    records[0] |= {"solution": "s " * 280}
+    task = task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", **given)
+    assert [task.train_size, len(task.demonstrations)] == [2, 2]
+    assert "1 of 3 demonstrations left out, they are too long" in caplog.text
+    apart = tmp_path / "apart.jsonl"
+    apart.write_text(json.dumps({"prompt": "q " * 90, "answer": "1"}) + "\n")
+    given["task"] |= {"heldout": str(apart)}
+    with pytest.raises(RecipeError, match=r"1 of 1 held-out prompts have more"):
+        task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", prompts=1, **given)
+
+
 def test_method_with_nothing_to_learn_from_is_refused(tokenizer):
     gym = {"name": "reasoning_gym", "dataset": "chain_sum", "size": 5}
     with pytest.raises(
@@ -143,6 +175,19 @@ def test_nothing_is_held_out_without_evaluation(tokenizer, tmp_path):
     assert task_of(tokenizer, "sft", task={"max_operand": 3}).heldout == []
     task = task_of(tokenizer, "dpo", preferences(4), tmp_path / "t.jsonl")
     assert (task.heldout, task.train_size) == ([], 4)
+
+
+def test_all_problems_of_a_file_of_their_own_are_held_out(tokenizer, tmp_path):
+    records = [{"prompt": f"p{i}", "answer": "1"} for i in range(4)]
+    apart = tmp_path / "apart.jsonl"
+    apart.write_text("".join(json.dumps({"prompt": f"q{i}", "answer": "1"}) + "\n" for i in range(7)))
+    heldout = {"heldout": str(apart)}
+    task = task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", prompts="all", task=heldout)
+    assert (len(task.heldout), task.train_size) == (7, 4)
+    assert len(task_of(tokenizer, "eval", records, tmp_path / "t.jsonl", prompts="all").heldout) == 4
+    with pytest.raises(RecipeError, match=r"all of whose 4 prompts are held out; allowed: others too"):
+        task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", prompts="all")
+    assert len(task_of(tokenizer, "eval", task={"max_operand": 3}, prompts="all").heldout) == 10
 
 
 def test_evaluation_may_hold_everything_out(tokenizer, tmp_path):

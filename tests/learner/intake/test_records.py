@@ -161,3 +161,15 @@ def test_a_dotted_name_is_a_path_into_objects():
     assert read_problem(flat, named).answer == "7", "a field of exactly that name comes first"
     with pytest.raises(ValueError, match=r"reward_model.ground_truth: found nothing, allowed: .*\(style\)"):
         read_problem({"prompt": "p", "reward_model": {"style": "rule"}}, named)
+
+
+def test_alpaca_input_goes_behind_the_instruction():
+    record = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+    assert read_problem(record, reading("sft")).prompt == "Add.\n\n1 and 2"
+    assert read_problem(record | {"input": ""}, reading("sft")).prompt == "Add."
+    other = {"prompt": "Add.", "input": "1 and 2", "context": "3 and 4", "output": "3"}
+    assert read_problem(other, reading("sft")).prompt == "Add.", "input is looked for beside an instruction alone"
+    mapped = reading("sft", fields={"input": "context"})
+    assert read_problem(other, mapped).prompt == "Add.\n\n3 and 4"
+    with pytest.raises(ValueError, match=r"^input: found 5 beside instruction, allowed: a text behind a text"):
+        read_problem(record | {"input": 5}, reading("sft"))
