@@ -43,10 +43,10 @@ def save(
     keep: int,
     good: bool = True,
     branch: int = 0,
-    proven_after: int = 0,
+    sound_step: int | None = None,
 ) -> Path:
     """Write the checkpoint of a step and leave only the newest `keep` checkpoints, and of the good ones those from the
-    newest on that is `proven_after` steps old.
+    newest on that is of `sound_step` or before.
 
     `state` is the loop's own, anything that JSON can hold. A checkpoint of the same step and branch is replaced.
     `good`: whether a run that went wrong may go back to it, as far as is known now. Returns the checkpoint's path.
@@ -68,7 +68,7 @@ def save(
     temporary.rename(final)
     _sync(directory)
     candidates = _good(directory)
-    proven = _newest(candidates, step - proven_after)
+    proven = _newest(candidates, sound_step)
     to_go_back_to = candidates[candidates.index(proven) :] if proven else []
     for old in _checkpoints(directory)[:-keep]:
         if old not in to_go_back_to:

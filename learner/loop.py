@@ -382,20 +382,22 @@ class Learner:
         return 1 + self.recipe.rollout.max_lag if self.recipe.method in ROLLOUT_METHODS else 1
 
     @property
+    def _sound_step(self) -> int:
+        """The last step whose weights have drawn nothing suspect: those shortly before the first suspect figures are
+        not to be trusted either."""
+        return int(self.state["step"]) - self.guard.longest_streak - self._observed_after
+
+    @property
     def _may_go_back(self) -> bool:
         return self.recipe.guard.policy in ("stop", "rollback")
 
     def _go_back(self, lr_factor: float = 1.0, rollbacks: int = 0) -> None:
         """Be at the last good checkpoint again, on a new branch that nothing drawn since can reach.
 
-        What the weights of a checkpoint draw is seen `_observed_after` steps later: those taken shortly before the
-        first suspect figures are not to be trusted either.
-
         The new branch's first checkpoint is what makes it so: a run that dies before it is written resumes on the old
         branch, one that dies after it on the new one.
         """
-        suspected_since = self.state["step"] + 1 - max(self.guard.longest_streak, 1)
-        path = checkpoint.newest_good(self.run.checkpoints, suspected_since - 1 - self._observed_after)
+        path = checkpoint.newest_good(self.run.checkpoints, self._sound_step)
         assert path is not None, "the prologue writes one"
         restored = checkpoint.load(path, self.model, self.optimizer)
         kept = {
@@ -460,7 +462,7 @@ class Learner:
             self.recipe.checkpoint.keep,
             good=not self.guard.suspicious,
             branch=self.state["branch"],
-            proven_after=self.recipe.guard.window + self._observed_after if self._may_go_back else 0,
+            sound_step=self._sound_step if self._may_go_back else None,
         )
         self._write_summary()
 

@@ -118,6 +118,8 @@ class _State:
     """Whether there has been a group with differing rewards."""
     all_equal: int = 0
     """Steps in a row without such a group."""
+    low_reward: int = 0
+    """Steps in a row whose reward was not near the best: no signal, but no step to go back to either."""
 
 
 Readings = dict[str, tuple[str, str] | None]
@@ -133,13 +135,15 @@ class Guard:
 
     @property
     def suspicious(self) -> bool:
-        """Whether a signal is over its bound now: a checkpoint of this moment is none to go back to."""
-        return bool(self._now.streaks)
+        """Whether a checkpoint of this moment is none to go back to."""
+        return self.longest_streak > 0
 
     @property
     def longest_streak(self) -> int:
-        """Steps in a row, up to now, in which some signal was over its bound."""
-        return max(self._now.streaks.values(), default=0)
+        """Steps in a row, up to now, in which some signal was over its bound or the reward not near its best.
+
+        A collapse begins before it trips anything: from half of the best reward there is no way back to it, either."""
+        return max(self._now.low_reward, *self._now.streaks.values(), 0)
 
     def see(self, step: int, figures: Mapping[str, float]) -> Verdict:
         """Judge a step by its metrics. Figures that are missing or not finite say nothing, but loss and gradient."""
@@ -338,6 +342,7 @@ class Guard:
         """End the step: the best means from every step, all else from healthy ones."""
         now, window = self._now, self.config.window
         if "reward_mean" in figures:
+            now.low_reward = now.low_reward + 1 if self._is_low(figures["reward_mean"]) else 0
             now.reward.settle(window, readings.get("reward") is not None)
         if "zero_variance_share" in figures:
             now.differing.settle(window, readings.get("zero_variance") is not None)
@@ -370,6 +375,11 @@ class Guard:
         mean, variance = reward.mean()
         error = math.sqrt(2 * max(variance, reward.best[1]))
         return mean + LIKELY_ERRORS * error >= self._share_of_best(NEAR_BEST) or reward.best[0] - mean < LEAST_DROP
+
+    def _is_low(self, reward: float) -> bool:
+        """Whether a step's reward is not near the best mean."""
+        best = self._now.reward.best
+        return best is not None and reward < self._share_of_best(NEAR_BEST) and best[0] - reward >= LEAST_DROP
 
     def _solved(self) -> bool:
         """Whether the mean reward of the last steps may be the solved one."""

@@ -175,7 +175,7 @@ def test_a_checkpoint_without_a_mark_is_a_good_one(tmp_path: Path) -> None:
 def test_of_the_good_ones_that_is_kept_which_has_been_observed(tmp_path: Path) -> None:
     model, optimizer = fresh()
     for step in range(0, 9, 2):
-        checkpoint.save(tmp_path, step, model, optimizer, {}, keep=2, proven_after=5)
+        checkpoint.save(tmp_path, step, model, optimizer, {}, keep=2, sound_step=step - 5)
     assert [checkpoint.step_of(path) for path in sorted(tmp_path.iterdir())] == [2, 4, 6, 8]
     for at_most, step in ((7, 6), (5, 4), (1, 2)):
         found = checkpoint.newest_good(tmp_path, at_most)

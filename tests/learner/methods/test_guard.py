@@ -413,6 +413,19 @@ def test_suspicious_while_a_signal_is_over_its_bound() -> None:
     assert not guard.suspicious
 
 
+def test_collapse_began_when_the_reward_was_last_near_its_best() -> None:
+    guard = Guard(GuardConfig())
+    lengths = []
+    for step, reward in enumerate([0.7, 0.7, 0.7, 0.6, 0.5, 0.5, 0.6, 0.5, 0.4, 0.1, 0.0, 0.0, 0.0], start=1):
+        tripped = guard.see(step, fixed(reward)).tripped
+        lengths.append(guard.longest_streak)
+        if tripped:
+            break
+    assert "reward fell" in tripped
+    assert lengths == [0, 0, 0, 0, 1, 2, 0, *range(1, len(lengths) - 6)], "0.6 is near 0.7, 0.5 is not"
+    assert step - guard.longest_streak == 7, "half of the best reward was lost later"
+
+
 # --- figures of the groups ------------------------------------------------------------------------------------------
 
 
