@@ -33,6 +33,11 @@ SHUTDOWN_GRACE_S = 2.0
 STOP_TIMEOUT_S = 20.0
 WATCH_S = 1.0
 GIB = 1 << 30
+RUN_NAME_CHARS = 24
+"""Of the run's name in the engine's directory: vLLM's sockets lie in it, and a socket's path is short."""
+SOCKET_PATH_CHARS = 103
+SOCKET_NAME_CHARS = 36
+"""vLLM calls its sockets by UUIDs."""
 
 T = TypeVar("T")
 CPU_BLOCK_TOKENS = 32
@@ -89,7 +94,8 @@ class VLLMEngine:
     async def start(self, welcome: Welcome) -> None:
         self._kv = welcome.kv
         self._foreign = engine_cores()
-        self._errors = Path(tempfile.mkdtemp(prefix=f"tandem-{safe_name(welcome.run)}-engine-")) / "errors.jsonl"
+        name = safe_name(welcome.run)[:RUN_NAME_CHARS]
+        self._errors = Path(tempfile.mkdtemp(prefix=f"tandem-{name}-engine-")) / "errors.jsonl"
         owner = self._errors.parent / OWNER_FILE  # tells `tandem doctor --clean` what is left over
         owner.write_text(str(os.getpid()))
         try:
@@ -254,6 +260,10 @@ def environment(settings: EngineSettings, cuda: bool, errors: Path) -> dict[str,
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if len(str(errors.parent)) + 1 + SOCKET_NAME_CHARS <= SOCKET_PATH_CHARS:
+        variables["VLLM_RPC_BASE_PATH"] = str(
+            errors.parent
+        )  # vLLM leaves its sockets behind; they go with the directory
     if not cuda:
         threads = settings.threads or len(os.sched_getaffinity(0))
         variables |= {

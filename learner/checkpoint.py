@@ -58,7 +58,7 @@ def save(
     temporary.mkdir()
     save_file(_on_cpu(dict(model.named_parameters())), temporary / WEIGHTS)
     save_file(_on_cpu(optimizer.state_tensors()), temporary / MOMENTS)
-    files = {name: _describe(temporary / name) for name in (WEIGHTS, MOMENTS)}
+    files = {name: describe(temporary / name) for name in (WEIGHTS, MOMENTS)}
     header = {"format": FORMAT, "step": step, "good": good, "files": files, "state": state}
     (temporary / STATE).write_text(json.dumps(header, indent=1))
     for path in (*temporary.iterdir(), temporary):
@@ -167,7 +167,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 def _read_tensors(path: Path, described: dict[str, Any] | None) -> dict[str, Tensor]:
     try:
-        found = _describe(path)
+        found = describe(path)
         if found != described:
             raise ValueError(
                 f"{path}: found {found}, the checkpoint was written with {described}: truncated or altered"
@@ -177,7 +177,8 @@ def _read_tensors(path: Path, described: dict[str, Any] | None) -> dict[str, Ten
         raise ValueError(f"{path}: not a complete checkpoint: {error}") from error
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
+    """Size and digest of a file, to be compared when it is read again."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while piece := file.read(READ_BYTES):

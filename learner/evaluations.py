@@ -79,13 +79,12 @@ class Evaluations:
             self._state["eval_pending"] = True
         return ended
 
-    def finish(self, timeout_s: float) -> bool:
-        """Wait for the one in the background: training has ended. Returns whether there was one."""
+    def finish(self, timeout_s: float) -> dict[str, float]:
+        """Wait for the one in the background, if there is one: training has ended. Returns it as metrics."""
         if self._running is None:
-            return False
+            return {}
         self.status.set(f"evaluation {self._running[0]}")
-        self._take_in(self.source.finish_evaluation(timeout_s))
-        return True
+        return self._take_in(self.source.finish_evaluation(timeout_s))
 
     def go_back(self, branch: int, surviving: set[int]) -> None:
         """The run is on a new `branch`: what measured any but `surviving` versions is put aside."""

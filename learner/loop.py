@@ -73,7 +73,7 @@ class Learner:
             "step": 0, "ready": False, "evals": {}, "learner_tokens": 0, "train_s": 0.0, "rollout_tokens": 0,
             "training_s": 0.0, "lag_sum": 0.0, "lag_max": 0.0, "wall_s": 0.0, "rewards": [], "prompt_fingerprint": "",
             "earlier": {}, "branch": 0, "lr_scale": 1.0, "rollbacks": 0, "guard": {}, "budget_tokens": 0,
-            "eval_pending": False, "guard_events": [],
+            "eval_pending": False, "guard_events": [], "reference": {},
         }  # fmt: skip
         self.restored: dict[str, Any] | None = None
         self._restore()
@@ -119,7 +119,7 @@ class Learner:
         if not self.state["ready"]:
             self._prologue(version)
         if self._wants_reference:
-            self.reference.load()
+            self.reference.load(self.state["reference"])
         ended_by_guard: GuardStop | None = None
         try:
             self._training()
@@ -206,7 +206,7 @@ class Learner:
         if self.recipe.warm_start.examples:
             self._evaluate("after_warm_start", self._publish())
         if self._wants_reference:
-            self.reference.keep()
+            self.state["reference"] = self.reference.keep()
         self.state["ready"] = True
         self._checkpoint()
 
@@ -266,7 +266,8 @@ class Learner:
         self._checkpoint()
         if not self._trained():
             raise Interrupted("the next step")
-        if source and self.evaluations.finish(self._take_timeout()):
+        if source and (ended := self.evaluations.finish(self._take_timeout())):
+            self.metrics.amend(ended)
             self._checkpoint()
 
     def _trained(self) -> bool:
@@ -385,7 +386,7 @@ class Learner:
     def _sound_step(self) -> int:
         """The last step whose weights have drawn nothing suspect: those shortly before the first suspect figures are
         not to be trusted either."""
-        return int(self.state["step"]) - self.guard.longest_streak - self._observed_after
+        return int(self.state["step"]) - max(self.guard.longest_streak, 1) - self._observed_after
 
     @property
     def _may_go_back(self) -> bool:

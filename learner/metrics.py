@@ -49,6 +49,13 @@ class MetricsLog:
                 self._board.add_scalar(key, value, step)
         self._board.flush()
 
+    def amend(self, figures: dict[str, float]) -> None:
+        """Add figures to the last step's line: they were measured when there was no other step to come."""
+        rows = read_jsonl(self._run.metrics)
+        self.close()
+        self._go_on_after(rows[-1]["step"] - 1, rows[-1].get("branch", 0))
+        self.write(rows[-1]["step"], rows[-1] | figures)
+
     def close(self) -> None:
         self._file.close()
         self._board.close()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from learner.checkpoint import describe
 from learner.model import PolicyModel
 
 
@@ -22,20 +24,24 @@ class Reference:
         self._model, self._path = model, path
         self.weights: dict[str, Tensor] = {}
 
-    def keep(self) -> None:
-        """The model as it is now is the reference from here on."""
+    def keep(self) -> dict[str, Any]:
+        """The model as it is now is the reference from here on. Returns the file's digest, for `load`."""
         self.weights = self._model.frozen_copy()
         partial = self._path.with_suffix(".part")
         save_file({name: tensor.cpu().contiguous() for name, tensor in self.weights.items()}, partial)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
+        described = describe(partial)
         partial.replace(self._path)
+        return described
 
-    def load(self) -> None:
-        """Take up what an earlier process kept. Raises ValueError if it is not there, or damaged."""
+    def load(self, described: dict[str, Any]) -> None:
+        """Take up what an earlier process kept. Raises ValueError if it is not there, damaged or another one."""
         if self.weights:
             return
         try:
+            if (found := describe(self._path)) != described:
+                raise ValueError(f"{self._path}: found {found}, the run kept {described} as its reference policy")
             loaded = load_file(self._path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self._path}: the reference policy of this run cannot be read: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(model_dir: Path) -> AsyncIterator[VLLMEngine]:
     before = {process.pid for process in psutil.Process().children(recursive=True)}
+    sockets = _sockets()
     engine = VLLMEngine()
     await engine.start(welcome_for(model_dir))
     yield engine
@@ -57,6 +59,11 @@ async def engine(model_dir: Path) -> AsyncIterator[VLLMEngine]:
     await engine.stop()
     left = [process for process in started if process.is_running() and "resource_tracker" not in _command(process)]
     assert not left, f"still running after stop: {[_command(process) for process in left]}"
+    assert _sockets() <= sockets, "sockets of vLLM are left behind"
+
+
+def _sockets() -> set[Path]:
+    return {path for path in Path(tempfile.gettempdir()).iterdir() if path.is_socket()}
 
 
 def _command(process: psutil.Process) -> str:

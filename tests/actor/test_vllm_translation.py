@@ -119,6 +119,9 @@ def test_environment_names_the_actor_and_sets_threads_on_the_cpu_only() -> None:
     assert cpu["OMP_NUM_THREADS"] == "3"
     assert cpu["TANDEM_ENGINE_PARENT"] == str(os.getpid())
     assert cpu["TANDEM_ENGINE_ERRORS"] == "/e"
+    assert cpu["VLLM_RPC_BASE_PATH"] == "/", "vLLM's sockets go with the engine's directory"
+    deep = environment(EngineSettings(), cuda=False, errors=Path("/", "d" * 66, "e"))
+    assert "VLLM_RPC_BASE_PATH" not in deep, "a socket's path has at most 103 characters"
     assert environment(EngineSettings(), cuda=False, errors=Path())["OMP_NUM_THREADS"] == str(
         len(os.sched_getaffinity(0))
     )

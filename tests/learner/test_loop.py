@@ -197,6 +197,18 @@ def test_grpo_with_a_reference_keeps_it_over_a_restart(tmp_path: Path, model: Pa
     assert column(run, "reference_kl_k3")[-1] > 0
 
 
+def test_a_reference_that_is_not_the_kept_one_is_refused(tmp_path: Path, model: Path) -> None:
+    recipe = recipe_of(grpo={"kl_coef": 0.1})
+    stop = StopFlag()
+    learn(recipe, tmp_path, model, stop, stop_after(2, stop))
+    path = RunDir(tmp_path).reference
+    altered = bytearray(path.read_bytes())
+    altered[-1] ^= 1
+    path.write_bytes(altered)
+    with pytest.raises(ValueError, match=r"reference.safetensors: found .*, the run kept .* as its reference policy"):
+        learn(recipe, tmp_path, model)
+
+
 def test_an_evaluation_measures_one_version_and_trains_nothing(tmp_path: Path, model: Path) -> None:
     finished, run = learn(recipe_of(method="eval", steps=0), tmp_path, model)
     result = read_json(run.eval / "eval.json")
@@ -232,6 +244,8 @@ def test_evaluation_in_the_background_says_which_versions_it_measured(tmp_path: 
         assert sum(result["version_shares"].values()) == pytest.approx(1)
     measured = [row for row in read_jsonl(run.metrics) if "eval_reward" in row]
     assert all(row["step"] > 2 for row in measured)
+    assert len(measured) == len(results), "also the one that ends behind the last step"
+    assert [row["step"] for row in read_jsonl(run.metrics)] == list(range(1, 9))
     assert read_json(run.summary)["tickets"]["trained"] == 32, "evaluation tickets have a ledger of their own"
 
 

@@ -32,6 +32,20 @@ def test_steps_that_a_crash_lost_are_written_once(tmp_path: Path) -> None:
     assert [event.step for event in board.Scalars("reward_mean")] == [1, 2, 3, 4, 5]
 
 
+def test_the_last_line_can_be_amended(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    log = MetricsLog(run, 0, branch=1)
+    log.write(1, {"loss": 1.0, "branch": 0})
+    log.write(2, {"loss": 2.0, "branch": 1})
+    log.amend({"eval_reward": 0.5})
+    log.close()
+    assert read_jsonl(run.metrics) == [
+        {"step": 1, "loss": 1.0, "branch": 0},
+        {"step": 2, "loss": 2.0, "branch": 1, "eval_reward": 0.5},
+    ]
+    assert not run.abandoned_metrics.exists()
+
+
 def test_figures_that_are_not_finite_become_null(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     log = MetricsLog(run)
