@@ -261,9 +261,7 @@ def environment(settings: EngineSettings, cuda: bool, errors: Path) -> dict[str,
         "VLLM_NO_USAGE_STATS": "1",
     }
     if len(str(errors.parent)) + 1 + SOCKET_NAME_CHARS <= SOCKET_PATH_CHARS:
-        variables["VLLM_RPC_BASE_PATH"] = str(
-            errors.parent
-        )  # vLLM leaves its sockets behind; they go with the directory
+        variables["VLLM_RPC_BASE_PATH"] = str(errors.parent)  # its sockets stay behind, and go with the directory
     if not cuda:
         threads = settings.threads or len(os.sched_getaffinity(0))
         variables |= {

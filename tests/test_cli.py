@@ -279,3 +279,28 @@ def test_both_sides_by_hand(recipe: Path, tmp_path: Path) -> None:
             assert right.wait(60) == 0, right.output()
         assert f"tandem actor {run.endpoint}" in left.output()
     assert_trained_once_each(run, 3)
+
+
+@pytest.mark.timeout(300)
+def test_stopped_evaluation_goes_on_and_grades_with_the_users_function(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def score(response, answer):\n    return {'reward': 0.25 * (answer != '')}\n")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    run = RunDir(tmp_path / "runs" / "mine")
+    arguments = ["eval", model_of(recipe), "--recipe", str(recipe), "--name", "mine", "--runs", str(run.path.parent)]
+    arguments += ["--grader", "mine:score", "--prompts", "20", "--set", "actor.fake_token_s=0.1"]
+    with Command(arguments, tmp_path / "first.log", PYTHONPATH=path) as first:
+        first.until(lambda: "of 20 problems" in status(run).get("waiting_for", ""), "the evaluation", 120)
+        first.process.send_signal(signal.SIGINT)
+        assert first.wait(60) == 3, first.output()
+        assert f"tandem train --resume {run.path}" in first.output()
+    assert not (run.eval / "eval.json").exists()
+    with Command(["train", "--resume", str(run.path)], tmp_path / "second.log", PYTHONPATH=path) as second:
+        assert second.wait(120) == 0, second.output()
+        assert second.left_running() == []
+    result = read_json(run.eval / "eval.json")
+    assert (result["problems"], result["samples"], result["grader_errors"]) == (20, 2, 0)
+    assert result["reward"] == 0.25, "the function that the launcher allowed its actors to import"
+
+
+def model_of(recipe: Path) -> str:
+    return str(recipe.parent / "tiny")
