@@ -16,6 +16,7 @@ from learner.evaluate import EvalResult, eval_row, eval_tickets, summarize, writ
 from learner.intake.data import Task
 from learner.intake.source import EvalGroups, Source, TicketsFail
 from learner.metrics import Status
+from learner.state import RunState
 from protocol.config import Recipe
 from protocol.rundir import RunDir
 
@@ -29,10 +30,9 @@ class Evaluations:
     """The held-out problems of a run, measured by name."""
 
     def __init__(
-        self, recipe: Recipe, run: RunDir, task: Task, source: Source, status: Status, state: dict[str, Any]
+        self, recipe: Recipe, run: RunDir, task: Task, source: Source, status: Status, state: RunState
     ) -> None:
-        """`state`, the loop's: "evals" has figures by name, "eval_pending" says that one is under way in the
-        background; both go into checkpoints, so that one that was cut short is begun again."""
+        """`state` keeps the figures by name, and whether one is under way in the background."""
         self.recipe, self.run, self.task, self.source, self.status = recipe, run, task, source, status
         self._state = state
         self._running: tuple[str, int, float] | None = None
@@ -41,7 +41,7 @@ class Evaluations:
     @property
     def results(self) -> dict[str, Any]:
         """Name -> figures."""
-        return self._state["evals"]
+        return self._state.evals
 
     def measure(self, name: str, version: int, timeout_s: float) -> EvalResult | None:
         """Held-out reward of exactly one version, with training idle; None if the recipe wants no evaluation."""
@@ -68,7 +68,7 @@ class Evaluations:
         """
         ended = self._collect() if self._running else {}
         every, name = self.recipe.eval.every_steps, f"step-{step:05d}"
-        due = bool(every) and (step % every == 0 or self._state["eval_pending"])
+        due = bool(every) and (step % every == 0 or self._state.eval_pending)
         if due and self._running:
             if step % every == 0:
                 log.warning("evaluation %s is left out: %s is not finished", name, self._running[0])
@@ -76,7 +76,7 @@ class Evaluations:
             tickets = eval_tickets(self.recipe, self.task.heldout, publish())
             self.source.start_evaluation(tickets, self.recipe.eval.share)
             self._running = (name, len(tickets), time.monotonic())
-            self._state["eval_pending"] = True
+            self._state.eval_pending = True
         return ended
 
     def finish(self, timeout_s: float) -> dict[str, float]:
@@ -105,7 +105,7 @@ class Evaluations:
     def _take_in(self, groups: EvalGroups) -> dict[str, float]:
         assert self._running is not None
         name, count, began = self._running
-        self._running, self._state["eval_pending"] = None, False
+        self._running, self._state.eval_pending = None, False
         try:
             return eval_row(self._keep(name, groups, count, began))
         except TicketsFail as error:  # training goes on; an evaluation at its end would stop the run

@@ -32,6 +32,7 @@ from learner.model import load_model, share_cores
 from learner.optim import Optimizer, lr_at
 from learner.publish import Versions
 from learner.reference import Reference
+from learner.state import RunState
 from learner.step import train_step, with_reference
 from learner.summary import process_totals, run_summary
 from protocol.config import ROLLOUT_METHODS, Recipe
@@ -69,12 +70,7 @@ class Learner:
         self.versions = Versions(run.versions)
         self.guard = Guard(recipe.guard)
         self.reference = Reference(self.model, run.reference)
-        self.state: dict[str, Any] = {
-            "step": 0, "ready": False, "evals": {}, "learner_tokens": 0, "train_s": 0.0, "rollout_tokens": 0,
-            "training_s": 0.0, "lag_sum": 0.0, "lag_max": 0.0, "wall_s": 0.0, "rewards": [], "prompt_fingerprint": "",
-            "earlier": {}, "branch": 0, "lr_scale": 1.0, "rollbacks": 0, "guard": {}, "budget_tokens": 0,
-            "eval_pending": False, "guard_events": [], "reference": {},
-        }  # fmt: skip
+        self.state = RunState()
         self.restored: dict[str, Any] | None = None
         self._restore()
         self.actors: Actors | None = None
@@ -85,16 +81,16 @@ class Learner:
         """Take up the last checkpoint of the run directory."""
         latest = checkpoint.latest(self.run.checkpoints)
         if latest is None:
-            self.state["prompt_fingerprint"] = self.task.fingerprint()
+            self.state.prompt_fingerprint = self.task.fingerprint()
             return
         self.restored = checkpoint.load(latest, self.model, self.optimizer)
-        self.state |= self.restored["run"]
-        self.guard.restore(self.state["guard"])
-        if 0 < self.recipe.steps < self.state["step"]:
-            raise RecipeError(f"steps: found {self.recipe.steps}, allowed: at least {self.state['step']}, already done")
-        if self.state["prompt_fingerprint"] != self.task.fingerprint():
+        self.state.take_up(self.restored["run"])
+        self.guard.restore(self.state.guard)
+        if 0 < self.recipe.steps < self.state.step:
+            raise RecipeError(f"steps: found {self.recipe.steps}, allowed: at least {self.state.step}, already done")
+        if self.state.prompt_fingerprint != self.task.fingerprint():
             raise ValueError(f"{self.run.path}: the task's data have changed since this run began; start a new run")
-        log.info("resumed at step %d from %s", self.state["step"], latest)
+        log.info("resumed at step %d from %s", self.state.step, latest)
 
     # --- the run ---
 
@@ -116,10 +112,10 @@ class Learner:
 
     def _run(self) -> None:
         version = self._publish() if self.actors else 0
-        if not self.state["ready"]:
+        if not self.state.ready:
             self._prologue(version)
         if self._wants_reference:
-            self.reference.load(self.state["reference"])
+            self.reference.load(self.state.reference)
         ended_by_guard: GuardStop | None = None
         try:
             self._training()
@@ -147,7 +143,7 @@ class Learner:
             self.evaluations = Evaluations(recipe, self.run, self.task, self.actors.source, self.status, self.state)
         self.feed = self._make_feed()
         self.status.set(steps=self.feed.steps)
-        self.metrics = MetricsLog(self.run, self.state["step"], self.state["branch"])
+        self.metrics = MetricsLog(self.run, self.state.step, self.state.branch)
         try:
             if self.actors is None:
                 yield
@@ -206,8 +202,8 @@ class Learner:
         if self.recipe.warm_start.examples:
             self._evaluate("after_warm_start", self._publish())
         if self._wants_reference:
-            self.state["reference"] = self.reference.keep()
-        self.state["ready"] = True
+            self.state.reference = self.reference.keep()
+        self.state.ready = True
         self._checkpoint()
 
     @property
@@ -245,13 +241,13 @@ class Learner:
             source.resume_training()
         overlaps = self.recipe.rollout.max_lag > 0 if rolls_out else self.recipe.eval.every_steps > 0
         share_cores(self.recipe.learner, shared=bool(source) and self.model.device.type == "cpu" and overlaps)
-        self.status.set("training", step=self.state["step"])
+        self.status.set("training", step=self.state.step)
         recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
         marked = time.monotonic()
         try:
             while not self._trained() and not self.should_stop():
                 verdict = self._guarded_step(recent)
-                self.state["training_s"] += time.monotonic() - marked
+                self.state.training_s += time.monotonic() - marked
                 marked = time.monotonic()
                 if not self._went_back(verdict):
                     self._checkpoint_if_due()
@@ -273,7 +269,7 @@ class Learner:
     def _trained(self) -> bool:
         """Whether the steps are done, or the budget of tokens is spent."""
         budget = self.recipe.token_budget
-        return self.state["step"] >= self.feed.steps or 0 < budget <= self.state["budget_tokens"]
+        return self.state.step >= self.feed.steps or 0 < budget <= self.state.budget_tokens
 
     def _guarded_step(self, recent: deque[tuple[float, float]]) -> Verdict:
         """One step, its figures, and what the guard makes of them."""
@@ -285,38 +281,38 @@ class Learner:
         except FloatingPointError as error:
             if policy in ("off", "warn"):
                 raise
-            return self.guard.broken(self.state["step"] + 1, str(error))
-        verdict = self.guard.see(self.state["step"], figures) if policy != "off" else Verdict()
+            return self.guard.broken(self.state.step + 1, str(error))
+        verdict = self.guard.see(self.state.step, figures) if policy != "off" else Verdict()
         if self.actors and not self._trained():
-            figures |= self.evaluations.tick(self.state["step"], self._current_version)
+            figures |= self.evaluations.tick(self.state.step, self._current_version)
         self._report(figures | {"suspect_signals": float(len(verdict.suspect))}, recent)
         return verdict
 
     def _step(self, recent: deque[tuple[float, float]]) -> dict[str, float]:
         """One step: wait for its batch, train on it, publish, commit."""
-        step, began, source = self.state["step"], time.monotonic(), self.actors.source if self.actors else None
+        step, began, source = self.state.step, time.monotonic(), self.actors.source if self.actors else None
         waited = source.waited_s if source else 0.0
         batch = self.feed.batch(step)
         train_began = time.monotonic()
         figures = train_step(self.model, self.optimizer, batch, self.recipe, self._lr(step))
         train_s = time.monotonic() - train_began
-        self.state["step"] = step + 1
+        self.state.step = step + 1
         if source and self.recipe.method in ROLLOUT_METHODS:
             figures["version"] = self._publish()
             source.commit(step + 1, int(figures["version"]))
-            self.state["lag_sum"] += figures["lag_mean"]
-            self.state["lag_max"] = max(self.state["lag_max"], figures["lag_max"])
-            self.state["rewards"].append(figures["reward_mean"])
-            self.state["rollout_tokens"] += int(figures["completion_tokens"])
+            self.state.lag_sum += figures["lag_mean"]
+            self.state.lag_max = max(self.state.lag_max, figures["lag_max"])
+            self.state.rewards.append(figures["reward_mean"])
+            self.state.rollout_tokens += int(figures["completion_tokens"])
         if figures.get("kept_completions") == 0.0:
             log.warning("step %d: the grader accepted none of %d completions", step + 1, figures["completions"])
         step_s = time.monotonic() - began
         recent.append((step_s, figures.get("completion_tokens", figures["tokens"])))
-        self.state["learner_tokens"] += figures["tokens"]
-        self.state["budget_tokens"] += int(figures.get("sampled_tokens", figures["tokens"]))
-        self.state["train_s"] += train_s
+        self.state.learner_tokens += figures["tokens"]
+        self.state.budget_tokens += int(figures.get("sampled_tokens", figures["tokens"]))
+        self.state.train_s += train_s
         return figures | {
-            "branch": self.state["branch"],
+            "branch": self.state.branch,
             "step_s": step_s,
             "train_s": train_s,
             "wait_s": source.waited_s - waited if source else 0.0,
@@ -324,10 +320,10 @@ class Learner:
         }
 
     def _lr(self, step: int) -> float:
-        return self.state["lr_scale"] * lr_at(step, self.recipe.optim, self.feed.steps)
+        return self.state.lr_scale * lr_at(step, self.recipe.optim, self.feed.steps)
 
     def _report(self, figures: dict[str, float], recent: deque[tuple[float, float]]) -> None:
-        step = self.state["step"]
+        step = self.state.step
         seconds = sum(step_s for step_s, _ in recent)
         actors = self.actors.present() if self.actors else {}
         if self.actors:
@@ -335,9 +331,9 @@ class Learner:
         figures["tokens_per_s"] = sum(tokens for _, tokens in recent) / seconds
         self.metrics.write(step, figures)
         left_s = (self.feed.steps - step) * seconds / len(recent)
-        left_s += self.state["evals"].get("after_warm_start", self.state["evals"].get("before", {})).get("seconds", 0)
+        left_s += self.state.evals.get("after_warm_start", self.state.evals.get("before", {})).get("seconds", 0)
         shown = {key: round(value, 4) for key, value in figures.items()}
-        curve = self.state["rewards"][-40:]
+        curve = self.state.rewards[-40:]
         waited = {"waiting_for": "", "waited_s": 0.0}  # for this step's batch, which is trained on now
         self.status.set(None, **shown, **waited, step=step, left_s=left_s, actors=actors, curve=curve)
         log.info("step %d/%d: %s", step, self.feed.steps, _line(figures))
@@ -350,32 +346,32 @@ class Learner:
             return False
         policy = self.recipe.guard.policy
         log.warning("guard, %s", verdict.tripped)
-        self.state["guard_events"].append(verdict.tripped)
+        self.state.guard_events.append(verdict.tripped)
         self.status.set(guard=verdict.tripped)
         if policy == "warn" or verdict.hopeless:
             return False
-        if policy == "rollback" and self.state["rollbacks"] < self.recipe.guard.max_rollbacks:
+        if policy == "rollback" and self.state.rollbacks < self.recipe.guard.max_rollbacks:
             self._roll_back(verdict.tripped)
             return True
-        often = f" after {self.state['rollbacks']} rollbacks" if policy == "rollback" else ""
+        often = f" after {self.state.rollbacks} rollbacks" if policy == "rollback" else ""
         self._go_back()
         if self.actors:
             self.actors.source.pause_training(recall=True)
         raise GuardStop(
             f"the guard ended the run{often}: {verdict.tripped}. The last good checkpoint is of step"
-            f" {self.state['step']}; `tandem train --resume {self.run.path}` goes on from there, best with a smaller"
+            f" {self.state.step}; `tandem train --resume {self.run.path}` goes on from there, best with a smaller"
             " optim.lr"
         )
 
     def _roll_back(self, why: str) -> None:
         """Go on from the last good checkpoint, on a new branch, with a smaller learning rate."""
-        before = self.state["step"]
+        before = self.state.step
         self._go_back(self.recipe.guard.lr_factor, rollbacks=1)
         log.warning(
             "rolled back from step %d to step %d (branch %d), learning rate x %g: %s",
-            *(before, self.state["step"], self.state["branch"], self.state["lr_scale"], why),
+            *(before, self.state.step, self.state.branch, self.state.lr_scale, why),
         )
-        self.status.set(rollbacks=self.state["rollbacks"], step=self.state["step"])
+        self.status.set(rollbacks=self.state.rollbacks, step=self.state.step)
 
     @property
     def _observed_after(self) -> int:
@@ -386,7 +382,7 @@ class Learner:
     def _sound_step(self) -> int:
         """The last step whose weights have drawn nothing suspect: those shortly before the first suspect figures are
         not to be trusted either."""
-        return int(self.state["step"]) - max(self.guard.longest_streak, 1) - self._observed_after
+        return self.state.step - max(self.guard.longest_streak, 1) - self._observed_after
 
     @property
     def _may_go_back(self) -> bool:
@@ -401,21 +397,17 @@ class Learner:
         path = checkpoint.newest_good(self.run.checkpoints, self._sound_step)
         assert path is not None, "the prologue writes one"
         restored = checkpoint.load(path, self.model, self.optimizer)
-        kept = {
-            name: self.state[name]
-            for name in ("wall_s", "rollbacks", "lr_scale", "earlier", "evals", "budget_tokens", "guard_events")
-        }
-        branch = self.state["branch"] + 1
-        self.state |= restored["run"] | kept | {"branch": branch}
-        self.state["rollbacks"] += rollbacks
-        self.state["lr_scale"] *= lr_factor
-        self.guard.restore(self.state["guard"])
+        self.state.go_back(restored["run"])
+        branch = self.state.branch
+        self.state.rollbacks += rollbacks
+        self.state.lr_scale *= lr_factor
+        self.guard.restore(self.state.guard)
         if self.actors:
-            surviving = {version for version, step in self.versions.steps.items() if step <= self.state["step"]}
+            surviving = {version for version, step in self.versions.steps.items() if step <= self.state.step}
             self.evaluations.go_back(branch, surviving)
             self.actors.source.roll_back(restored["tickets"], branch, self.versions.next)
         self._checkpoint()
-        self.metrics.roll_back(self.state["step"], branch)
+        self.metrics.roll_back(self.state.step, branch)
         if self.actors:
             self._publish()
 
@@ -423,12 +415,12 @@ class Learner:
 
     def _publish(self) -> int:
         assert self.actors is not None
-        return self.actors.publish(self.model, self.state["step"], self.state["branch"])
+        return self.actors.publish(self.model, self.state.step, self.state.branch)
 
     def _current_version(self) -> int:
         """A version with the weights of this moment: the step's own, or one made for an evaluation."""
         assert self.actors is not None
-        known = self.actors.server.dispatcher.step_versions.get(self.state["step"])
+        known = self.actors.server.dispatcher.step_versions.get(self.state.step)
         return known if known is not None else self._publish()
 
     def _publish_finished(self) -> int:
@@ -445,24 +437,24 @@ class Learner:
     # --- checkpoints and the end ---
 
     def _checkpoint_if_due(self) -> None:
-        every, step = self.recipe.checkpoint.every_steps, self.state["step"]
+        every, step = self.recipe.checkpoint.every_steps, self.state.step
         if every and step % every == 0 and not self._trained():
             self._checkpoint()
 
     def _checkpoint(self) -> None:
         self._count_wall()
-        self.state["guard"] = self.guard.state()
+        self.state.guard = self.guard.state()
         tickets, replay_offset = self.actors.tickets() if self.actors else ({}, 0)
-        state = self.state | {"earlier": process_totals(self.state, self.actors)}
+        state = self.state.as_json() | {"earlier": process_totals(self.state, self.actors)}
         checkpoint.save(
             self.run.checkpoints,
-            self.state["step"],
+            self.state.step,
             self.model,
             self.optimizer,
             {"run": state, "tickets": tickets, "replay_offset": replay_offset},
             self.recipe.checkpoint.keep,
             good=not self.guard.suspicious,
-            branch=self.state["branch"],
+            branch=self.state.branch,
             sound_step=self._sound_step if self._may_go_back else None,
         )
         self._write_summary()
@@ -475,7 +467,7 @@ class Learner:
 
     def _count_wall(self) -> None:
         now = time.monotonic()
-        self.state["wall_s"] += now - self.began
+        self.state.wall_s += now - self.began
         self.began = now
 
     def _write_summary(self) -> None:

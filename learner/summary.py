@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from learner.intake.dispatcher import TICKET_STATES
 from learner.intake.server import ActorsSeen, ActorTotals
+from learner.state import RunState
 from protocol.config import Recipe
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from learner.publish import Versions
 
 
-def run_summary(recipe: Recipe, state: dict[str, Any], actors: Actors | None, versions: Versions) -> dict[str, Any]:
+def run_summary(recipe: Recipe, state: RunState, actors: Actors | None, versions: Versions) -> dict[str, Any]:
     """Figures of a run so far.
 
     `rollout_tokens` are the completion tokens of the groups that became steps, `budget_tokens` what counts against
@@ -28,33 +29,33 @@ def run_summary(recipe: Recipe, state: dict[str, Any], actors: Actors | None, ve
     of the whole run, resumed or not. A run without actors has zeros and nulls there. `branch` counts the rollbacks that
     lie behind the surviving steps, `lr_scale` is what they have made of the learning rate.
     """
-    evals, rewards, process = state["evals"], state["rewards"], process_totals(state, actors)
+    evals, rewards, process = state.evals, state.rewards, process_totals(state, actors)
     server = actors.server if actors else None
     reward = {name: result["reward"] for name, result in evals.items()}
     return {
         "name": recipe.name,
         "method": recipe.method,
         "seed": recipe.seed,
-        "steps": state["step"],
-        "wall_s": state["wall_s"],
+        "steps": state.step,
+        "wall_s": state.wall_s,
         "reward_first": rewards[0] if rewards else None,
         "reward_last": rewards[-1] if rewards else None,
-        "rollbacks": state["rollbacks"],
-        "branch": state["branch"],
-        "lr_scale": state["lr_scale"],
-        "guard": state["guard_events"],
+        "rollbacks": state.rollbacks,
+        "branch": state.branch,
+        "lr_scale": state.lr_scale,
+        "guard": state.guard_events,
         "eval": reward.get("eval"),
         "eval_before": reward.get("before"),
         "eval_after_warm_start": reward.get("after_warm_start"),
         "eval_after": reward.get("after"),
-        "rollout_tokens": state["rollout_tokens"],
-        "budget_tokens": state["budget_tokens"],
+        "rollout_tokens": state.rollout_tokens,
+        "budget_tokens": state.budget_tokens,
         "rollout_tokens_per_s": _rate(process["max"] * process["generated_tokens"], process["busy_s"]),
-        "tokens_per_s": _rate(state["rollout_tokens"], state["training_s"]),
-        "learner_tokens": state["learner_tokens"],
-        "learner_tokens_per_s": _rate(state["learner_tokens"], state["train_s"]),
-        "lag_mean": state["lag_sum"] / len(rewards) if rewards else None,
-        "lag_max": state["lag_max"],
+        "tokens_per_s": _rate(state.rollout_tokens, state.training_s),
+        "learner_tokens": state.learner_tokens,
+        "learner_tokens_per_s": _rate(state.learner_tokens, state.train_s),
+        "lag_mean": state.lag_sum / len(rewards) if rewards else None,
+        "lag_max": state.lag_max,
         "tickets": _tickets(server),
         "weights": {
             "versions": len(versions),
@@ -79,9 +80,9 @@ def _tickets(server: IntakeServer | None) -> dict[str, int]:
         return server.dispatcher.counts()
 
 
-def process_totals(state: dict[str, Any], actors: Actors | None) -> dict[str, Any]:
+def process_totals(state: RunState, actors: Actors | None) -> dict[str, Any]:
     """What the hub counted, in this process and, by the checkpoint's word (`earlier`), in those before."""
-    earlier = state["earlier"]
+    earlier = state.earlier
     totals = actors.server.totals if actors else ActorTotals()
     counted = {
         "bytes_sent": actors.server.hub.bytes_sent if actors else 0,

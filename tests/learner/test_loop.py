@@ -84,7 +84,7 @@ def stop_after(steps: int, stop: StopFlag) -> Callable[[Learner], None]:
 
         def stopping(recent: Any) -> dict[str, float]:
             figures = step(recent)
-            if learner.state["step"] >= steps:
+            if learner.state.step >= steps:
                 stop.set()
             return figures
 
@@ -342,7 +342,7 @@ def test_guard_goes_back_on_a_new_branch_with_a_smaller_learning_rate(tmp_path: 
         see = learner.guard.see
 
         def seeing(step: int, figures: dict[str, float]) -> Any:
-            collapsed = step == 4 and not learner.state["rollbacks"]
+            collapsed = step == 4 and not learner.state.rollbacks
             return see(step, figures | {"kl_k3": 9.0 if collapsed else 0.0, "updates": 1.0, "duplicate_share": 0.0})
 
         learner.guard.see = seeing  # type: ignore[method-assign]
@@ -398,7 +398,7 @@ def test_a_gradient_that_is_not_finite_is_a_collapse_too(tmp_path: Path, model: 
         step = learner._step
 
         def breaking(recent: Any) -> dict[str, float]:
-            if learner.state["step"] == 2 and not learner.state["rollbacks"]:
+            if learner.state.step == 2 and not learner.state.rollbacks:
                 learner.feed.batch(2)
                 raise FloatingPointError(
                     "step 2, update 1: found loss nan and gradient norm nan, expected finite numbers"
