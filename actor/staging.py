@@ -23,11 +23,18 @@ from protocol.tensors import safetensors_header
 from protocol.weights import check_data
 
 SHARED_MEMORY = Path("/dev/shm")
+RUN_LABEL_CHARS = 24
 
 
 def safe_name(name: str) -> str:
     """The name as one part of a path: it may have come over the wire."""
     return re.sub(r"[^\w.-]", "_", name)
+
+
+def engine_prefix(run: str) -> str:
+    """How the names of engines' own directories begin: the end of the run's label, which is unique, since vLLM's
+    sockets lie there and the path of a socket is short."""
+    return f"tandem-{safe_name(run)[-RUN_LABEL_CHARS:]}-engine-"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actor.engine import Generated
-from actor.staging import safe_name
+from actor.staging import engine_prefix
 from actor.vllm_children import ERRORS_VARIABLE, PARENT_VARIABLE, describe, recorded_cause
 from protocol.errors import EngineFailed
 from protocol.messages import Manifest, Sampling, Welcome
@@ -33,8 +33,6 @@ SHUTDOWN_GRACE_S = 2.0
 STOP_TIMEOUT_S = 20.0
 WATCH_S = 1.0
 GIB = 1 << 30
-RUN_NAME_CHARS = 24
-"""Of the run's name in the engine's directory: vLLM's sockets lie in it, and a socket's path is short."""
 SOCKET_PATH_CHARS = 103
 SOCKET_NAME_CHARS = 36
 """vLLM calls its sockets by UUIDs."""
@@ -94,8 +92,7 @@ class VLLMEngine:
     async def start(self, welcome: Welcome) -> None:
         self._kv = welcome.kv
         self._foreign = engine_cores()
-        name = safe_name(welcome.run)[:RUN_NAME_CHARS]
-        self._errors = Path(tempfile.mkdtemp(prefix=f"tandem-{name}-engine-")) / "errors.jsonl"
+        self._errors = Path(tempfile.mkdtemp(prefix=engine_prefix(welcome.run))) / "errors.jsonl"
         owner = self._errors.parent / OWNER_FILE  # tells `tandem doctor --clean` what is left over
         owner.write_text(str(os.getpid()))
         try:

@@ -163,7 +163,9 @@ def main() -> None:
     runs: list[dict[str, Any]] = known["runs"]
     if not options.plot:
         about = machine() | {"command": " ".join(["python -m benchmarks.methods", *sys.argv[1:]])}
-        done = {(row["method"], row["seed"]) for row in runs if not row["exit_code"]}
+        done = {
+            (row["method"], row["seed"]) for row in runs if not row["exit_code"] and row["budget"] == options.tokens
+        }
         with tempfile.TemporaryDirectory(prefix="tandem-bench-") as directory:
             for seed in options.seeds:
                 for method in (name for name in options.methods if (name, seed) not in done):

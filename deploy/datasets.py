@@ -40,6 +40,7 @@ class Keys(NamedTuple):
 
 COMMAND_KEYS = Keys()
 GSM8K_KEYS = Keys(split="--from")
+SOURCE_KEYS = Keys("--from", split="--from")
 
 
 def recipe_keys(split: str) -> Keys:
@@ -155,7 +156,7 @@ def _gsm8k_records(source: Path | None, split: str) -> Iterator[tuple[Records, s
         return
     subset = GSM8K_SUBSET if (source / GSM8K_SUBSET).is_dir() else ""
     folder = source / subset if source.is_dir() else source
-    with _loaded(str(folder), "", split, GSM8K_KEYS) as records:
+    with _loaded(str(folder), "", split, SOURCE_KEYS) as records:
         yield records, f"{folder}/{split}" if source.is_dir() else str(source)
 
 

@@ -95,7 +95,7 @@ def _given(options: EvalOptions) -> dict[str, Any]:
         "task.template": options.template,
         "eval.samples": samples,
         "eval.temperature": options.temperature,
-        "eval.prompts": int(options.prompts) if options.prompts.isdigit() else options.prompts,
+        "eval.prompts": int(options.prompts) if options.prompts.isdecimal() else options.prompts,
         "eval.max_tokens": max_tokens,
         # An actor takes as many problems at once as groups fit into its engine.
         "rollout.group_size": samples,

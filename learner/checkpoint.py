@@ -46,7 +46,8 @@ def save(
     sound_step: int | None = None,
 ) -> Path:
     """Write the checkpoint of a step and leave only the newest `keep` checkpoints, and of the good ones those from the
-    newest on that is of `sound_step` or before.
+    newest on that is of `sound_step` or before. What earlier branches have behind the beginning of `branch` is no part
+    of the run any more, and goes.
 
     `state` is the loop's own, anything that JSON can hold. A checkpoint of the same step and branch is replaced.
     `good`: whether a run that went wrong may go back to it, as far as is known now. Returns the checkpoint's path.
@@ -67,6 +68,10 @@ def save(
         final.rename(directory / f".old-{final.name}")
     temporary.rename(final)
     _sync(directory)
+    fork = min(step_of(path) for path in _checkpoints(directory) if _place(path)[0] == branch)
+    for old in _checkpoints(directory):
+        if _place(old)[0] < branch and step_of(old) > fork:
+            shutil.rmtree(old)
     candidates = _good(directory)
     proven = _newest(candidates, sound_step)
     to_go_back_to = candidates[candidates.index(proven) :] if proven else []

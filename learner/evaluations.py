@@ -73,16 +73,22 @@ class Evaluations:
             if step % every == 0:
                 log.warning("evaluation %s is left out: %s is not finished", name, self._running[0])
         elif due and name not in self.results:
-            tickets = eval_tickets(self.recipe, self.task.heldout, publish())
-            self.source.start_evaluation(tickets, self.recipe.eval.share)
-            self._running = (name, len(tickets), time.monotonic())
-            self._state.eval_pending = True
+            self._begin(name, publish())
         return ended
 
-    def finish(self, timeout_s: float) -> dict[str, float]:
-        """Wait for the one in the background, if there is one: training has ended. Returns it as metrics."""
+    def _begin(self, name: str, version: int) -> None:
+        tickets = eval_tickets(self.recipe, self.task.heldout, version)
+        self.source.start_evaluation(tickets, self.recipe.eval.share)
+        self._running = (name, len(tickets), time.monotonic())
+        self._state.eval_pending = True
+
+    def finish(self, step: int, publish: Callable[[], int], timeout_s: float) -> dict[str, float] | None:
+        """Wait for the one in the background: training has ended with `step`. Returns it as metrics; None if there was
+        none. One that was cut short before is begun again."""
+        if self._running is None and self._state.eval_pending:
+            self._begin(f"step-{step:05d}", publish())
         if self._running is None:
-            return {}
+            return None
         self.status.set(f"evaluation {self._running[0]}")
         return self._take_in(self.source.finish_evaluation(timeout_s))
 

@@ -262,9 +262,11 @@ class Learner:
         self._checkpoint()
         if not self._trained():
             raise Interrupted("the next step")
-        if source and (ended := self.evaluations.finish(self._take_timeout())):
-            self.metrics.amend(ended)
-            self._checkpoint()
+        if source:
+            ended = self.evaluations.finish(self.state.step, self._current_version, self._take_timeout())
+            if ended is not None:
+                self.metrics.amend(ended)
+                self._checkpoint()
 
     def _trained(self) -> bool:
         """Whether the steps are done, or the budget of tokens is spent."""
@@ -382,7 +384,7 @@ class Learner:
     def _sound_step(self) -> int:
         """The last step whose weights have drawn nothing suspect: those shortly before the first suspect figures are
         not to be trusted either."""
-        return self.state.step - max(self.guard.longest_streak, 1) - self._observed_after
+        return self.state.step - max(self.guard.began_ago, 1) - self._observed_after
 
     @property
     def _may_go_back(self) -> bool:
@@ -453,7 +455,7 @@ class Learner:
             self.optimizer,
             {"run": state, "tickets": tickets, "replay_offset": replay_offset},
             self.recipe.checkpoint.keep,
-            good=not self.guard.suspicious,
+            good=self.recipe.guard.policy == "off" or not self.guard.suspicious,
             branch=self.state.branch,
             sound_step=self._sound_step if self._may_go_back else None,
         )

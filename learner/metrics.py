@@ -51,10 +51,13 @@ class MetricsLog:
 
     def amend(self, figures: dict[str, float]) -> None:
         """Add figures to the last step's line: they were measured when there was no other step to come."""
-        rows = read_jsonl(self._run.metrics)
-        self.close()
-        self._go_on_after(rows[-1]["step"] - 1, rows[-1].get("branch", 0))
-        self.write(rows[-1]["step"], rows[-1] | figures)
+        *rows, last = read_jsonl(self._run.metrics)
+        self._file.close()
+        replace_file(self._run.metrics, "".join(json.dumps(row) + "\n" for row in [*rows, last | figures]))
+        self._file = open(self._run.metrics, "a")  # noqa: SIM115 - open for the life of the run
+        for key, value in figures.items():
+            self._board.add_scalar(key, value, last["step"])
+        self._board.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -102,7 +102,7 @@ class Recipe(Section):
             if self.steps:
                 raise ValueError(f'steps: found {self.steps}, allowed with method = "eval": 0, it trains nothing')
             if not self.eval.wanted:
-                raise ValueError('eval.prompts: found 0, allowed with method = "eval": 1 or more')
+                raise ValueError('eval.prompts: found 0, allowed with method = "eval": 1 or more, or "all"')
             return
         if self.warm_start.examples and self.method not in ROLLOUT_METHODS:
             raise ValueError(

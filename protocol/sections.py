@@ -23,7 +23,7 @@ def _count_or_all(value: Any) -> Any:
     """One fault for both types that are allowed, where a union would give two."""
     if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         return value
-    raise PydanticCustomError("count_or_all", 'a number, 0 or more, or "all"')
+    raise PydanticCustomError("count_or_all", 'an integer, 0 or more, or "all"')
 
 
 CountOrAll = Annotated[int | Literal["all"], BeforeValidator(_count_or_all)]

@@ -98,6 +98,8 @@ def make_arithmetic(recipe: Recipe) -> ProblemSet:
     """Sums of two operands. A pair is held out as an unordered one: with 3 + 4 goes 4 + 3."""
     task, demonstrated = recipe.task, recipe.warm_start.examples
     pairs = count_pairs(task.max_operand)
+    if recipe.eval.prompts == "all" and recipe.method != "eval":
+        raise RecipeError('eval.prompts: found "all", allowed with task.name = "arithmetic": a number')
     heldout = pairs if recipe.eval.prompts == "all" else recipe.eval.prompts
     if heldout + demonstrated > pairs or (heldout == pairs and recipe.method != "eval"):
         raise RecipeError(

@@ -20,7 +20,7 @@ from learner.intake import pairs
 from learner.intake.arithmetic import largest_sum, make_arithmetic
 from learner.intake.gym import make_reasoning_gym
 from learner.intake.jsonl import read_jsonl_task
-from learner.intake.problems import Problem, ProblemSet
+from learner.intake.problems import Problem, ProblemSet, draw_demonstrations
 from learner.intake.prompts import Prompter
 from learner.intake.shuffle import permuted
 from learner.intake.templates import PromptTemplate, load_template
@@ -134,9 +134,9 @@ def load_task(recipe: Recipe, tokenizer: Any) -> Task:
     template = load_template(recipe.task.template)
     problems = _problems(recipe)
     prompter = Prompter(tokenizer, recipe.task.system_prompt, template)
-    if recipe.task.name != "arithmetic" and recipe.method != "eval":
+    if _may_leave_out(recipe):
         problems = _without_heldout_prompts(problems, prompter)
-        if recipe.task.over_long == "leave_out":
+        if _may_leave_out(recipe) and recipe.task.over_long == "leave_out":
             problems = _without_over_long(recipe, problems, prompter)
     task = Task(recipe, problems, prompter, template)
     _check_pairs(recipe, task)
@@ -148,6 +148,11 @@ def _problems(recipe: Recipe) -> ProblemSet:
     if recipe.task.name == "arithmetic":
         return make_arithmetic(recipe)
     return make_reasoning_gym(recipe) if recipe.task.name == "reasoning_gym" else read_jsonl_task(recipe)
+
+
+def _may_leave_out(recipe: Recipe) -> bool:
+    """Whether training problems can be looked at one by one: generated sums are too many."""
+    return recipe.task.name != "arithmetic" and recipe.method != "eval"
 
 
 def _without_heldout_prompts(problems: ProblemSet, prompter: Prompter) -> ProblemSet:
@@ -186,22 +191,24 @@ def _check_pairs(recipe: Recipe, task: Task) -> None:
 def _check_lengths(recipe: Recipe, task: Task, problems: ProblemSet, prompter: Prompter) -> None:
     """Raise RecipeError if a prompt and its completion, or a response to learn from, do not fit into the context."""
     room = recipe.model.max_model_len
+    advice = ', or task.over_long = "leave_out"' if _may_leave_out(recipe) else ""
     bounding = _bounding_problems(recipe, problems)
     if recipe.method in ROLLOUT_METHODS:
         prompts = [_learned_length(recipe, problem, prompter) for problem in bounding]
-        _check_fit(prompts, room, recipe.rollout.max_tokens, "training prompts", may_leave_out=True)
+        _check_fit(prompts, room, recipe.rollout.max_tokens, "training prompts", advice)
     heldout = [len(example.prompt_ids) for example in task.heldout]
     _check_fit(heldout, room, recipe.eval_sampling_tokens, "held-out prompts")
     demonstrations = [sum(map(len, task.demonstration_tokens(example))) for example in task.demonstrations]
-    _check_fit(demonstrations, room, 0, "demonstrations", may_leave_out=True)
+    _check_fit(demonstrations, room, 0, "demonstrations", advice)
     if recipe.method in OFFLINE_METHODS:
         learned = [problem for problem in bounding if _responses(recipe, problem)]
         lengths = [_learned_length(recipe, problem, prompter) for problem in learned]
-        _check_fit(lengths, room, 0, "pairs of prompt and response", may_leave_out=True)
+        _check_fit(lengths, room, 0, "pairs of prompt and response", advice)
 
 
 def _without_over_long(recipe: Recipe, problems: ProblemSet, prompter: Prompter) -> ProblemSet:
-    """The problem set without training problems and demonstrations that do not fit; says how many they were."""
+    """The problem set without training problems that do not fit; says how many they were. Demonstrations are drawn of
+    those that fit."""
     context = recipe.model.max_model_len
     room = context - (recipe.rollout.max_tokens if recipe.method in ROLLOUT_METHODS else 0)
     train = [problem for problem in problems.train if _learned_length(recipe, problem, prompter) <= room]
@@ -210,14 +217,19 @@ def _without_over_long(recipe: Recipe, problems: ProblemSet, prompter: Prompter)
             "%d of %d training problems left out, they have more than %d tokens", left_out, len(problems.train), room
         )
     if not train:
-        raise RecipeError(f"model.max_model_len: found {context}, allowed: more, no training problem fits into that")
-    shown = problems.demonstrations
-    fitting = tuple(
-        p for p in shown if len(prompter.prompt_ids(p.prompt)) + len(prompter.response_ids(p.solution)) <= context
-    )
-    if len(fitting) < len(shown):
-        log.warning("%d of %d demonstrations left out, they are too long", len(shown) - len(fitting), len(shown))
-    return dataclasses.replace(problems, train=train, demonstrations=fitting)
+        beside = f" beside a completion of rollout.max_tokens = {context - room}" if room < context else ""
+        raise RecipeError(
+            f"model.max_model_len: found {context}, allowed: more, no training problem fits into that{beside}"
+        )
+    demonstrations = problems.demonstrations
+    if recipe.warm_start.examples:
+
+        def fits(problem: Problem) -> bool:
+            return len(prompter.prompt_ids(problem.prompt)) + len(prompter.response_ids(problem.solution)) <= context
+
+        demonstrable = [problem for problem in problems.train if problem.solution and fits(problem)]
+        demonstrations = draw_demonstrations(recipe, demonstrable, recipe.task.train or recipe.task.dataset)
+    return dataclasses.replace(problems, train=train, demonstrations=demonstrations)
 
 
 def _learned_length(recipe: Recipe, problem: Problem, prompter: Prompter) -> int:
@@ -239,13 +251,12 @@ def _bounding_problems(recipe: Recipe, problems: ProblemSet) -> Sequence[Problem
     return problems.train
 
 
-def _check_fit(lengths: Sequence[int], room: int, max_tokens: int, what: str, may_leave_out: bool = False) -> None:
+def _check_fit(lengths: Sequence[int], room: int, max_tokens: int, what: str, advice: str = "") -> None:
     too_long = [length for length in lengths if length + max_tokens > room]
     if too_long:
         completion = f" beside a completion of {max_tokens}" if max_tokens else ""
         raise RecipeError(
             f"model.max_model_len: found {room}, which leaves {room - max_tokens} tokens{completion}; {len(too_long)}"
             f" of {len(lengths)} {what} have more, up to {max(too_long)}. Allowed: at least"
-            f" {max(too_long) + max_tokens}, or shorter {what}"
-            + (', or task.over_long = "leave_out"' if may_leave_out else "")
+            f" {max(too_long) + max_tokens}, or shorter {what}{advice}"
         )

@@ -82,7 +82,12 @@ def split_problems(
     """
     seed = recipe.seed
     candidates = [problem for problem in (train if apart is None else apart) if problem.answer]
-    wanted = len(candidates) if recipe.eval.prompts == "all" else recipe.eval.prompts
+    if recipe.eval.prompts == "all" and apart is None and recipe.method != "eval":
+        raise RecipeError(
+            'eval.prompts: found "all", allowed here: a number, or held-out problems of their own (task.heldout,'
+            " task.heldout_split)"
+        )
+    wanted = max(len(candidates), 1) if recipe.eval.prompts == "all" else recipe.eval.prompts
     if wanted > len(candidates):
         where = key if apart is None else "task.heldout"
         raise RecipeError(
@@ -96,14 +101,19 @@ def split_problems(
         logger.warning("%s: %d problems left out of training, their prompts are held out", found, repeated)
     if not kept and recipe.method != "eval":
         raise RecipeError(f"{key}: found {found}, all of whose {len(train)} prompts are held out; allowed: others too")
-    solved = [problem for problem in kept if problem.solution]
+    demonstrations = draw_demonstrations(recipe, kept, found)
+    return ProblemSet(kept, heldout, demonstrations, digest([*train, *(apart or [])]))
+
+
+def draw_demonstrations(recipe: Recipe, problems: Sequence[Problem], found: str) -> tuple[Problem, ...]:
+    """`warm_start.examples` of the problems that have a solution, by seed. Raises RecipeError if they are too few."""
+    solved = [problem for problem in problems if problem.solution]
     if recipe.warm_start.examples > len(solved):
         raise RecipeError(
             f"warm_start.examples: found {recipe.warm_start.examples}, allowed: at most the {len(solved)} problems of"
-            f' {found} with a "solution" that are not held out'
+            f' {found} with a "solution" that are not held out and fit into model.max_model_len'
         )
-    demonstrations = _draw(solved, recipe.warm_start.examples, f"jsonl/{seed}/demonstrations")
-    return ProblemSet(kept, heldout, demonstrations, digest([*train, *(apart or [])]))
+    return _draw(solved, recipe.warm_start.examples, f"jsonl/{recipe.seed}/demonstrations")
 
 
 def digest(problems: Sequence[Problem]) -> str:

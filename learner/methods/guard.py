@@ -42,6 +42,8 @@ NORMS_NEEDED = 5
 """Gradient norms that make a median."""
 DEAD_WINDOWS = 3
 """Windows in which no group at all has differing rewards, before it counts although the reward is low."""
+BEGAN_WINDOWS = 3
+"""Windows for which a low reward may have announced a collapse."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class _State:
     all_equal: int = 0
     """Steps in a row without such a group."""
     low_reward: int = 0
-    """Steps in a row whose reward was not near the best: no signal, but no step to go back to either."""
+    """Steps in a row whose reward was not near the best: no signal, and often noise."""
 
 
 Readings = dict[str, tuple[str, str] | None]
@@ -135,15 +137,17 @@ class Guard:
 
     @property
     def suspicious(self) -> bool:
-        """Whether a checkpoint of this moment is none to go back to."""
-        return self.longest_streak > 0
+        """Whether a signal is over its bound now: a checkpoint of this moment is none to go back to."""
+        return bool(self._now.streaks)
 
     @property
-    def longest_streak(self) -> int:
-        """Steps in a row, up to now, in which some signal was over its bound or the reward not near its best.
-
-        A collapse begins before it trips anything: from half of the best reward there is no way back to it, either."""
-        return max(self._now.low_reward, *self._now.streaks.values(), 0)
+    def began_ago(self) -> int:
+        """Steps for which what is wrong now, if anything is, has lasted: those of the longest signal, or those whose
+        reward was not near the best. A collapse begins before it trips anything, but no more than 3 x `window` steps
+        before: a reward may also settle at less than its best.
+        """
+        low = min(self._now.low_reward, BEGAN_WINDOWS * self.config.window)
+        return max(low, *self._now.streaks.values(), 0)
 
     def see(self, step: int, figures: Mapping[str, float]) -> Verdict:
         """Judge a step by its metrics. Figures that are missing or not finite say nothing, but loss and gradient."""

@@ -130,7 +130,7 @@ def test_template_brings_its_grader_and_its_end() -> None:
 
 def test_number_of_prompts_may_be_all() -> None:
     assert built(prompts="all").eval.prompts == "all"
-    with pytest.raises(RecipeError, match=r'eval.prompts: found \'some\', allowed: a number, 0 or more, or "all"'):
+    with pytest.raises(RecipeError, match=r'eval.prompts: found \'some\', allowed: an integer, 0 or more, or "all"'):
         built(prompts="some")
 
 

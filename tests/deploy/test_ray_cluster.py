@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from actor.staging import engine_prefix
 from deploy.launch import remove_left_over
 from deploy.ray_cluster import RAY_DIR_PREFIX, _short_directory, check_resources, share_gpus, visible_gpus
 from protocol.config import Recipe, parse_recipe
@@ -85,15 +86,20 @@ def test_visible_gpus_keeps_the_names_of_the_environment(monkeypatch: pytest.Mon
     assert visible_gpus(2) == ["0", "1"]
 
 
+@pytest.mark.parametrize("name", ["demo", "d" * 64])
 def test_end_of_a_run_leaves_the_files_of_another_run_of_that_name(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     """Two checkouts that both run the demo: both runs are called "demo"."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    ours, theirs = (RunDir(tmp_path / user / "demo").create() for user in ("a", "b"))
+    ours, theirs = (RunDir(tmp_path / user / name).create() for user in ("a", "b"))
     assert ours.label != theirs.label
     assert RunDir(ours.path).label == ours.label, "the same for every process of the run"
-    staged = [tmp_path / f"tandem-{run.label}-{what}" for run in (ours, theirs) for what in ("actor-0-abc", "engine-x")]
+    staged = [
+        tmp_path / f"{beginning}x"
+        for run in (ours, theirs)
+        for beginning in (f"tandem-{run.label}-actor-0-", engine_prefix(run.label))
+    ]
     for directory in staged:
         directory.mkdir()
     remove_left_over(ours)

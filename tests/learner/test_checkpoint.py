@@ -156,11 +156,27 @@ def test_the_newest_is_that_of_the_newest_branch(tmp_path: Path) -> None:
     for step, branch, good in ((2, 0, True), (4, 0, True), (6, 0, False), (4, 1, True)):
         path = checkpoint.save(tmp_path, step, model, optimizer, {"branch": branch}, keep=3, good=good, branch=branch)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["step-00000004", "step-00000004-b1", "step-00000006"], "a branch takes no other's place"
+    assert names == ["step-00000002", "step-00000004", "step-00000004-b1"], "step 6 was given up, no other"
     assert checkpoint.latest(tmp_path) == checkpoint.newest_good(tmp_path) == path
     assert checkpoint.step_of(path) == 4
     checkpoint.save(tmp_path, 6, model, optimizer, {}, keep=2, branch=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004-b1", "step-00000006-b1"]
+
+
+def test_no_way_back_leads_to_what_a_branch_has_given_up(tmp_path: Path) -> None:
+    model, optimizer = fresh()
+    for step, branch in ((0, 0), (2, 0), (4, 0), (2, 1), (4, 1), (6, 1), (4, 2)):
+        checkpoint.save(tmp_path, step, model, optimizer, {}, keep=9, branch=branch)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert sorted(names) == [
+        "step-00000000",
+        "step-00000002",
+        "step-00000002-b1",
+        "step-00000004-b1",
+        "step-00000004-b2",
+    ]
+    assert getattr(checkpoint.newest_good(tmp_path, 3), "name", "") == "step-00000002-b1"
+    assert getattr(checkpoint.newest_good(tmp_path, -1), "name", "") == "step-00000000"
 
 
 def test_a_checkpoint_without_a_mark_is_a_good_one(tmp_path: Path) -> None:

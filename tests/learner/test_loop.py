@@ -13,7 +13,7 @@ from learner.intake.journal import read_groups
 from learner.intake.source import Interrupted, StopFlag
 from learner.loop import GuardStop, Learner
 from protocol.config import Recipe, parse_recipe
-from protocol.rundir import RunDir, read_json, read_jsonl
+from protocol.rundir import RunDir, read_json, read_jsonl, write_json
 from tests.actor_harness import ActorThread
 from tests.tiny_model import make_tiny_model
 
@@ -197,6 +197,17 @@ def test_grpo_with_a_reference_keeps_it_over_a_restart(tmp_path: Path, model: Pa
     assert column(run, "reference_kl_k3")[-1] > 0
 
 
+def test_a_run_of_before_the_references_digest_goes_on(tmp_path: Path, model: Path) -> None:
+    recipe = recipe_of(grpo={"kl_coef": 0.1})
+    stop = StopFlag()
+    learn(recipe, tmp_path, model, stop, stop_after(2, stop))
+    for path in RunDir(tmp_path).checkpoints.glob("step-*/state.json"):
+        header = read_json(path)
+        del header["state"]["run"]["reference"]
+        write_json(path, header)
+    assert learn(recipe, tmp_path, model)[0]
+
+
 def test_a_reference_that_is_not_the_kept_one_is_refused(tmp_path: Path, model: Path) -> None:
     recipe = recipe_of(grpo={"kl_coef": 0.1})
     stop = StopFlag()
@@ -260,7 +271,7 @@ def test_a_stop_while_the_last_evaluation_is_waited_for_loses_no_step(tmp_path: 
         def stopping() -> None:
             finish = learner.evaluations.finish
 
-            def stopped(timeout_s: float) -> bool:
+            def stopped(*_: Any) -> None:
                 stop.set()
                 raise Interrupted("the evaluation in the background")
 
@@ -274,6 +285,7 @@ def test_a_stop_while_the_last_evaluation_is_waited_for_loses_no_step(tmp_path: 
     assert not finished and run.checkpoint_steps()[-1] == 4
     finished, run = learn(recipe, tmp_path, model)
     assert finished and len(column(run, "step")) == 4 and read_json(run.summary)["eval_after"] is not None
+    assert (run.eval / "step-00004.json").exists() and "eval_reward" in read_jsonl(run.metrics)[-1], "begun again"
 
 
 def test_an_evaluation_that_a_stop_cut_short_is_begun_again(tmp_path: Path, model: Path) -> None:

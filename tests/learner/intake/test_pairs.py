@@ -144,23 +144,31 @@ def test_pairs_that_do_not_fit_are_left_out_on_request(tokenizer, tmp_path, capl
 
 def test_prompts_without_room_for_a_completion_are_left_out_on_request(tokenizer, tmp_path, caplog):
     records = [{"prompt": "p " * n, "answer": "1", "solution": "1"} for n in (1, 50, 90)]
-    given = {
-        "task": {"over_long": "leave_out"},
-        "rollout": {"max_tokens": 90},
-        "warm_start": {"examples": 3, "batch_size": 1},
-    }
-    task = task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", **given)
+    given = {"task": {"over_long": "leave_out"}, "rollout": {"max_tokens": 90}}
+    warm = {"warm_start": {"examples": 3, "batch_size": 1}}
+    task = task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", **given, **warm)
     assert [task.train_size, len(task.demonstrations)] == [2, 3], "a demonstration draws nothing"
     assert "1 of 3 training problems left out, they have more than 166 tokens" in caplog.text
     records[0] |= {"solution": "s " * 280}
-    task = task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", **given)
-    assert [task.train_size, len(task.demonstrations)] == [2, 2]
-    assert "1 of 3 demonstrations left out, they are too long" in caplog.text
+    assert task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", **given).train_size == 2, "nothing demonstrates it"
+    with pytest.raises(RecipeError, match=r"warm_start.examples: found 3, allowed: at most the 2 problems .* fit into"):
+        task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", **given, **warm)
     apart = tmp_path / "apart.jsonl"
     apart.write_text(json.dumps({"prompt": "q " * 90, "answer": "1"}) + "\n")
     given["task"] |= {"heldout": str(apart)}
     with pytest.raises(RecipeError, match=r"1 of 1 held-out prompts have more"):
         task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", prompts=1, **given)
+
+
+def test_leaving_out_is_advised_only_where_it_helps(tokenizer, tmp_path):
+    records = [{"prompt": "p " * 90, "answer": "1"}] * 2
+    room = {"rollout": {"max_tokens": 90}}
+    with pytest.raises(RecipeError, match=r"or shorter training prompts, or task.over_long = \"leave_out\"$"):
+        task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", **room)
+    with pytest.raises(RecipeError, match=r"no training problem fits into that beside a completion of rollout.max_to"):
+        task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", task={"over_long": "leave_out"}, **room)
+    with pytest.raises(RecipeError, match=r"or shorter training prompts$"):
+        task_of(tokenizer, "grpo", model={"max_model_len": 50}, rollout={"max_tokens": 40})
 
 
 def test_method_with_nothing_to_learn_from_is_refused(tokenizer):
@@ -185,8 +193,13 @@ def test_all_problems_of_a_file_of_their_own_are_held_out(tokenizer, tmp_path):
     task = task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", prompts="all", task=heldout)
     assert (len(task.heldout), task.train_size) == (7, 4)
     assert len(task_of(tokenizer, "eval", records, tmp_path / "t.jsonl", prompts="all").heldout) == 4
-    with pytest.raises(RecipeError, match=r"all of whose 4 prompts are held out; allowed: others too"):
-        task_of(tokenizer, "grpo", records, tmp_path / "t.jsonl", prompts="all")
+    for method in ("grpo", "sft"):
+        with pytest.raises(
+            RecipeError, match=r"eval.prompts: found \"all\", allowed here: a number, or .*task.heldout"
+        ):
+            task_of(tokenizer, method, [r | {"response": "1"} for r in records], tmp_path / "t.jsonl", prompts="all")
+    with pytest.raises(RecipeError, match=r"eval.prompts: found \"all\", allowed with .*arithmetic.*: a number"):
+        task_of(tokenizer, "grpo", task={"max_operand": 3}, prompts="all")
     assert len(task_of(tokenizer, "eval", task={"max_operand": 3}, prompts="all").heldout) == 10
 
 

@@ -171,5 +171,6 @@ def test_alpaca_input_goes_behind_the_instruction():
     assert read_problem(other, reading("sft")).prompt == "Add.", "input is looked for beside an instruction alone"
     mapped = reading("sft", fields={"input": "context"})
     assert read_problem(other, mapped).prompt == "Add.\n\n3 and 4"
+    assert read_problem(record | {"input": 5}, reading("sft")).prompt == "Add.", "nobody called it a text"
     with pytest.raises(ValueError, match=r"^input: found 5 beside instruction, allowed: a text behind a text"):
-        read_problem(record | {"input": 5}, reading("sft"))
+        read_problem(record | {"input": 5}, reading("sft", fields={"input": "input"}))

@@ -418,12 +418,20 @@ def test_collapse_began_when_the_reward_was_last_near_its_best() -> None:
     lengths = []
     for step, reward in enumerate([0.7, 0.7, 0.7, 0.6, 0.5, 0.5, 0.6, 0.5, 0.4, 0.1, 0.0, 0.0, 0.0], start=1):
         tripped = guard.see(step, fixed(reward)).tripped
-        lengths.append(guard.longest_streak)
+        lengths.append(guard.began_ago)
         if tripped:
             break
     assert "reward fell" in tripped
     assert lengths == [0, 0, 0, 0, 1, 2, 0, *range(1, len(lengths) - 6)], "0.6 is near 0.7, 0.5 is not"
-    assert step - guard.longest_streak == 7, "half of the best reward was lost later"
+    assert step - guard.began_ago == 7, "half of the best reward was lost later"
+    assert guard.suspicious
+
+
+def test_a_reward_that_settles_below_its_best_is_no_endless_collapse() -> None:
+    guard = Guard(GuardConfig())
+    watch([*[fixed(0.8)] * 5, *[fixed(0.6)] * 50], guard)
+    assert guard.began_ago == 9, "3 windows at most"
+    assert not guard.suspicious
 
 
 # --- figures of the groups ------------------------------------------------------------------------------------------
