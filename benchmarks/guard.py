@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -52,6 +53,7 @@ def run(policy: str, seed: int, steps: int, directory: Path) -> dict[str, Any]:
     began = time.monotonic()
     code, run_dir = train(RECIPE, directory, name, overrides, RUN_LIMIT_S)
     summary, rows = read_json(run_dir.summary) or {}, read_jsonl(run_dir.metrics)
+    shutil.rmtree(run_dir.path, ignore_errors=True)  # checkpoints: gigabytes
     return {
         "policy": policy,
         "seed": seed,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -68,6 +69,8 @@ def run(method: str, seed: int, tokens: int, directory: Path) -> dict[str, Any]:
         print(f"exit code {code}:\n" + log_of(directory, name).read_text("utf-8", "replace")[-2000:])
     summary = read_json(run_dir.summary) or {}
     evals = {path.stem: read_json(path) for path in run_dir.eval.glob("*.json")}
+    rows = read_jsonl(run_dir.metrics)
+    shutil.rmtree(run_dir.path, ignore_errors=True)  # checkpoints: gigabytes
     return {
         "method": method,
         "seed": seed,
@@ -82,7 +85,7 @@ def run(method: str, seed: int, tokens: int, directory: Path) -> dict[str, Any]:
         },
         "curve": [
             {key: row.get(key) for key in ("step", "reward_mean", "sampled_tokens", "tokens", "sampled_entropy", "nll")}
-            for row in read_jsonl(run_dir.metrics)
+            for row in rows
         ],
     }
 

@@ -15,12 +15,12 @@ import signal
 import sys
 from pathlib import Path
 
-from learner.intake.source import StopFlag, TicketsFail
+from learner.intake.source import StopFlag
+from learner.outcome import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, exit_code
 from protocol.config import load_recipe
-from protocol.errors import DeadlineExceeded, EngineFailed, RecipeError
+from protocol.errors import EngineFailed, RecipeError
 from protocol.rundir import RunDir, read_json, write_json
 
-EXIT_FINISHED, EXIT_FAILED, EXIT_USER, EXIT_STOPPED, EXIT_ENGINE, EXIT_GUARD = 0, 1, 2, 3, 4, 5
 PR_SET_PDEATHSIG = 1
 
 
@@ -55,22 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _learn(run: RunDir, model: Path, stop: StopFlag) -> int:
     """The run, and its outcome as an exit code."""
-    from learner.loop import GuardStop, Learner
+    from learner.loop import Learner
 
     try:
         finished = Learner(load_recipe(run.recipe), run, model, stop)()
-    except EngineFailed as error:
-        return _fail(run, EXIT_ENGINE, f"the engine failed: {error}")
-    except (DeadlineExceeded, TicketsFail) as error:
-        return _fail(run, EXIT_ENGINE, str(error))
-    except GuardStop as error:
-        return _fail(run, EXIT_GUARD, str(error))
-    except (RecipeError, ValueError, OSError) as error:
-        logging.exception("the learner cannot go on")
-        return _fail(run, EXIT_USER, str(error))
     except Exception as error:
-        logging.exception("the learner failed")
-        return _fail(run, EXIT_FAILED, f"{type(error).__name__}: {error}")
+        code = exit_code(error)
+        if code == EXIT_FAILED:
+            logging.exception("the learner failed")
+            return _fail(run, code, f"{type(error).__name__}: {error}")
+        if code == EXIT_USER:
+            logging.exception("the learner cannot go on")
+        return _fail(run, code, f"the engine failed: {error}" if isinstance(error, EngineFailed) else str(error))
     return EXIT_FINISHED if finished else EXIT_STOPPED
 
 

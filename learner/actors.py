@@ -20,6 +20,7 @@ from learner.intake.server import ActorsSeen, IntakeServer
 from learner.intake.source import Source, WaitReporter
 from learner.methods.grpo import equal_rewards
 from learner.model import PolicyModel
+from learner.outcome import EXIT_FAILED, exit_code
 from learner.publish import Publisher, Versions
 from protocol.codec import Limits
 from protocol.config import Recipe
@@ -97,17 +98,23 @@ class Actors:
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Within: actors find the learner (endpoint.json) and are served."""
+        """Within: actors find the learner (endpoint.json) and are served. Afterwards they are sent home, unless the
+        learner will be started again after this error: then they wait for it, as after a kill."""
         hub = self.server.hub
         self.server.start()
         write_json(self.run.endpoint, {"work": hub.work_endpoint})
         log.info("the learner listens at %s", hub.work_endpoint)
+        comes_back = False
         try:
             yield
+        except Exception as error:
+            comes_back = exit_code(error) == EXIT_FAILED
+            raise
         finally:
             self.publisher.close()
-            self.server.drain("the learner stops")
-            self.source.wait_until_left(LEAVE_TIMEOUT_S)
+            if not comes_back:
+                self.server.drain("the learner stops")
+                self.source.wait_until_left(LEAVE_TIMEOUT_S)
             self.server.stop()
             self.journal.close()
 

@@ -20,18 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from learner.model import PolicyModel
 from learner.optim import Optimizer
+from learner.tensor_files import describe, read_tensors, write_tensors
 
 FORMAT = 1
 WEIGHTS, MOMENTS, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{8,})(?:-b(\d+))?")
-READ_BYTES = 8 << 20
 
 
 def save(
@@ -57,8 +53,8 @@ def save(
     final = directory / (f"step-{step:08d}" + (f"-b{branch}" if branch else ""))
     temporary = directory / f".{final.name}"
     temporary.mkdir()
-    save_file(_on_cpu(dict(model.named_parameters())), temporary / WEIGHTS)
-    save_file(_on_cpu(optimizer.state_tensors()), temporary / MOMENTS)
+    write_tensors(dict(model.named_parameters()), temporary / WEIGHTS)
+    write_tensors(optimizer.state_tensors(), temporary / MOMENTS)
     files = {name: describe(temporary / name) for name in (WEIGHTS, MOMENTS)}
     header = {"format": FORMAT, "step": step, "good": good, "files": files, "state": state}
     (temporary / STATE).write_text(json.dumps(header, indent=1))
@@ -114,7 +110,7 @@ def load(path: Path, model: PolicyModel, optimizer: Optimizer) -> dict[str, Any]
     that is incomplete, truncated, altered, of another format or of another model.
     """
     header = _read_header(path)
-    tensors = {name: _read_tensors(path / name, header["files"].get(name)) for name in (WEIGHTS, MOMENTS)}
+    tensors = {name: read_tensors(path / name, header["files"].get(name)) for name in (WEIGHTS, MOMENTS)}
     weights = tensors[WEIGHTS]
     parameters = dict(model.named_parameters())
     if weights.keys() != parameters.keys():
@@ -168,31 +164,6 @@ def _read_header(path: Path) -> dict[str, Any]:
         found = header.get("format") if isinstance(header, dict) else header
         raise ValueError(f"{path / STATE}: found checkpoint format {found!r}, this version reads {FORMAT}")
     return header
-
-
-def _read_tensors(path: Path, described: dict[str, Any] | None) -> dict[str, Tensor]:
-    try:
-        found = describe(path)
-        if found != described:
-            raise ValueError(
-                f"{path}: found {found}, the checkpoint was written with {described}: truncated or altered"
-            )
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a complete checkpoint: {error}") from error
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """Size and digest of a file, to be compared when it is read again."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(READ_BYTES):
-            digest.update(piece)
-    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
-
-
-def _on_cpu(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
 def _sync(path: Path) -> None:

@@ -30,6 +30,7 @@ from learner.methods.guard import Guard, Verdict
 from learner.metrics import MetricsLog, Status
 from learner.model import load_model, share_cores
 from learner.optim import Optimizer, lr_at
+from learner.outcome import GuardStop
 from learner.publish import Versions
 from learner.reference import Reference
 from learner.state import RunState
@@ -46,10 +47,6 @@ DRAIN_TIMEOUT_S = 20.0
 RATE_WINDOW_STEPS = 5
 BRANCH_SEEDS = 1 << 52
 """Keeps the seeds of two branches of a run apart."""
-
-
-class GuardStop(Exception):
-    """The guard saw a collapse, and the recipe says that the run ends then (or has gone back too often)."""
 
 
 class Learner:

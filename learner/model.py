@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from learner.batch import PackedBatch, Row, Sample, pack_lines
+from learner.tensor_files import write_tensors
 from protocol.sections import LearnerConfig, ModelConfig
 
 HEAD_CHUNK_LOGITS = 16 * 2**20
@@ -160,10 +161,8 @@ class PolicyModel:
     def export(self, directory: Path, tokenizer: Any) -> None:
         """Write a Hugging Face directory that transformers and vLLM load: weights in `model.dtype`, configuration,
         generation configuration, tokenizer and its chat template."""
-        from safetensors.torch import save_file
-
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(self.published_state(), directory / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(self.published_state(), directory / "model.safetensors", {"format": "pt"})
         config = type(self.network.config).from_dict(self.network.config.to_dict())
         config.architectures = [type(self.network).__name__]
         config.dtype = str(self.publish_dtype).removeprefix("torch.")

@@ -9,12 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from learner.checkpoint import describe
 from learner.model import PolicyModel
+from learner.tensor_files import describe, read_tensors, write_tensors
 
 
 class Reference:
@@ -28,7 +26,7 @@ class Reference:
         """The model as it is now is the reference from here on. Returns the file's digest, for `load`."""
         self.weights = self._model.frozen_copy()
         partial = self._path.with_suffix(".part")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in self.weights.items()}, partial)
+        write_tensors(self.weights, partial)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         described = describe(partial)
@@ -39,11 +37,5 @@ class Reference:
         """Take up what an earlier process kept. Raises ValueError if it is not there, damaged or another one."""
         if self.weights:
             return
-        try:
-            found = describe(self._path)
-            if described and found != described:  # runs of before 2026-11-22 have kept no digest
-                raise ValueError(f"{self._path}: found {found}, the run kept {described} as its reference policy")
-            loaded = load_file(self._path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{self._path}: the reference policy of this run cannot be read: {error}") from error
+        loaded = read_tensors(self._path, described or describe(self._path))  # before 2026-11-22 runs kept no digest
         self.weights = {name: tensor.to(self._model.device) for name, tensor in loaded.items()}

@@ -11,7 +11,8 @@ import pytest
 
 from learner.intake.journal import read_groups
 from learner.intake.source import Interrupted, StopFlag
-from learner.loop import GuardStop, Learner
+from learner.loop import Learner
+from learner.outcome import GuardStop
 from protocol.config import Recipe, parse_recipe
 from protocol.rundir import RunDir, read_json, read_jsonl, write_json
 from tests.actor_harness import ActorThread
