@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from learner import checkpoint
 from learner.batch import Batch, Minibatch
@@ -177,6 +178,18 @@ def test_no_way_back_leads_to_what_a_branch_has_given_up(tmp_path: Path) -> None
     ]
     assert getattr(checkpoint.newest_good(tmp_path, 3), "name", "") == "step-00000002-b1"
     assert getattr(checkpoint.newest_good(tmp_path, -1), "name", "") == "step-00000000"
+
+
+def test_full_disk_is_said_so_and_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path)
+
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("learner.tensor_files.save_file", full)
+    with pytest.raises(OSError, match=r"cannot be written, \d+ MiB needed, \d+ MiB free: .*No space"):
+        checkpoint.save(tmp_path, 99, *fresh(), {}, keep=2)
+    assert checkpoint.latest(tmp_path) == path
 
 
 def test_a_checkpoint_without_a_mark_is_a_good_one(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from learner.loop import Learner
 from learner.outcome import GuardStop
 from protocol.config import Recipe, parse_recipe
 from protocol.rundir import RunDir, read_json, read_jsonl, write_json
-from tests.actor_harness import ActorThread
+from tests.actor_harness import ActorThread, until
 from tests.tiny_model import make_tiny_model
 
 BASE: dict[str, Any] = {
@@ -217,7 +217,9 @@ def test_a_reference_that_is_not_the_kept_one_is_refused(tmp_path: Path, model: 
     altered = bytearray(path.read_bytes())
     altered[-1] ^= 1
     path.write_bytes(altered)
-    with pytest.raises(ValueError, match=r"reference.safetensors: found .*, the run kept .* as its reference policy"):
+    with pytest.raises(
+        ValueError, match=r"reference.safetensors: found .*, it was written with .*: truncated or altered"
+    ):
         learn(recipe, tmp_path, model)
 
 
@@ -237,6 +239,23 @@ def test_a_budget_of_tokens_ends_training_with_the_step_that_reaches_it(tmp_path
     assert finished and sum(drawn) >= 150 > sum(drawn[:-1]), "filtered groups count, too"
     assert summary["budget_tokens"] == sum(drawn) > summary["rollout_tokens"]
     assert summary["eval_after"] is not None and run.model.exists()
+
+
+def test_after_an_error_of_its_own_the_learner_finds_its_actors_waiting(tmp_path: Path, model: Path) -> None:
+    """The launcher starts the learner again then, but not the actors."""
+    run = RunDir(tmp_path).create()
+    (tmp_path / "coins.py").write_text(COINS)
+    broken = Learner(recipe_of(), run, model, StopFlag())
+    broken._report = lambda *_: 1 / 0  # type: ignore[method-assign, assignment]
+    actor = ActorThread(str(run.endpoint))
+    actor.loop.user_functions, actor.loop.user_path = ("coins:even",), str(tmp_path)
+    with actor:
+        with pytest.raises(ZeroDivisionError):
+            broken()
+        assert not actor.reason, "it has not left"
+        assert Learner(recipe_of(), run, model, StopFlag())()
+        until(lambda: actor.reason, "the actor to leave")
+    assert read_json(run.summary)["steps"] == 4
 
 
 # --- evaluations beside training --------------------------------------------------------------------------------------
