@@ -281,7 +281,7 @@ class Learner:
             if policy in ("off", "warn"):
                 raise
             return self.guard.broken(self.state.step + 1, str(error))
-        verdict = self.guard.see(self.state.step, figures) if policy != "off" else Verdict()
+        verdict = self.guard.see(self.state.step, figures, self._trained()) if policy != "off" else Verdict()
         if self.actors and not self._trained():
             figures |= self.evaluations.tick(self.state.step, self._current_version)
         self._report(figures | {"suspect_signals": float(len(verdict.suspect))}, recent)

@@ -85,8 +85,8 @@ class Record:
         count, values, variances = self.bad
         self.bad = (count + 1, values + value, variances + variance) if bad else (0, 0.0, 0.0)
 
-    def fell(self) -> bool:
-        """Whether the mean of the streak lies below the best one by more than noise.
+    def fell(self, errors: float) -> bool:
+        """Whether the mean of the streak lies below the best one by more than so many standard errors.
 
         The larger variance of the two counts for both: a few groups that all fail look more certain than they are.
         """
@@ -95,7 +95,7 @@ class Record:
             return False
         steps = len(self.recent)
         variance = max(self.best[1] * steps, variances / count)
-        return self.best[0] - values / count > NOISE_ERRORS * math.sqrt(variance / steps + variance / count)
+        return self.best[0] - values / count > errors * math.sqrt(variance / steps + variance / count)
 
 
 @dataclass
@@ -149,8 +149,11 @@ class Guard:
         low = min(self._now.low_reward, BEGAN_WINDOWS * self.config.window)
         return max(low, *self._now.streaks.values(), 0)
 
-    def see(self, step: int, figures: Mapping[str, float]) -> Verdict:
-        """Judge a step by its metrics. Figures that are missing or not finite say nothing, but loss and gradient."""
+    def see(self, step: int, figures: Mapping[str, float], last: bool = False) -> Verdict:
+        """Judge a step by its metrics. Figures that are missing or not finite say nothing, but loss and gradient.
+
+        `last`: no further step will tell more, so that what has lasted and is likely counts.
+        """
         for name in ("loss", "grad_norm"):
             if not math.isfinite(figures.get(name, 0.0)):
                 return self.broken(step, f"{name} is {figures[name]}")
@@ -173,7 +176,7 @@ class Guard:
         self._learn(figures, readings)
         over = {name: reading for name, reading in readings.items() if reading is not None}
         suspect = tuple(phrase for phrase, _ in over.values())
-        ripe = [name for name in over if name not in now.told and self._ripe(name)]
+        ripe = [name for name in over if name not in now.told and self._ripe(name, last)]
         if ripe:
             now.told += ripe
             lasted = f"{now.streaks[ripe[0]]} steps in a row" if window > 1 else ""
@@ -331,16 +334,16 @@ class Guard:
 
     # --- what they compare with ---
 
-    def _ripe(self, name: str) -> bool:
+    def _ripe(self, name: str, last: bool) -> bool:
         """Whether a signal has lasted; what is counted in samples must also be beyond noise."""
-        now = self._now
+        now, errors = self._now, LIKELY_ERRORS if last else NOISE_ERRORS
         if now.streaks[name] < self.config.window:
             return False
         if name == "reward":
-            return now.reward.fell()
+            return now.reward.fell(errors)
         if name == "entropy_low":
             return not self._near_best() or self._stuck()
-        return name != "zero_variance" or now.differing.fell()
+        return name != "zero_variance" or now.differing.fell(errors)
 
     def _learn(self, figures: Mapping[str, float], readings: Readings) -> None:
         """End the step: the best means from every step, all else from healthy ones."""

@@ -360,6 +360,23 @@ def test_guard_stops_at_the_last_good_checkpoint(tmp_path: Path, model: Path) ->
     assert all(version > given_up for group in trained for c in group.completions for version, _ in c.spans)
 
 
+def test_guard_goes_back_from_the_last_step_too(tmp_path: Path, model: Path) -> None:
+    recipe = recipe_of(guard={"policy": "rollback", "window": 1}, checkpoint={"every_steps": 1})
+
+    def collapse_at_the_end(learner: Learner) -> None:
+        see = learner.guard.see
+
+        def seeing(step: int, figures: dict[str, float], last: bool) -> Any:
+            gap = 9.0 if last and not learner.state.rollbacks else 0.0
+            return see(step, figures | {"kl_k3": gap, "updates": 1.0, "duplicate_share": 0.0}, last)
+
+        learner.guard.see = seeing  # type: ignore[method-assign, assignment]
+
+    finished, run = learn(recipe, tmp_path, model, watch=collapse_at_the_end)
+    assert finished and read_json(run.summary)["rollbacks"] == 1
+    assert [(row["step"], row["branch"]) for row in read_jsonl(run.metrics)] == [(1, 0), (2, 0), (3, 1), (4, 1)]
+
+
 def test_guard_goes_back_on_a_new_branch_with_a_smaller_learning_rate(tmp_path: Path, model: Path) -> None:
     """A collapse that begins at step 4, as the guard sees it: back to step 2, and the second time it is none."""
     recipe = recipe_of(
@@ -373,11 +390,14 @@ def test_guard_goes_back_on_a_new_branch_with_a_smaller_learning_rate(tmp_path: 
     def collapse_once(learner: Learner) -> None:
         see = learner.guard.see
 
-        def seeing(step: int, figures: dict[str, float]) -> Any:
+        def seeing(step: int, figures: dict[str, float], last: bool) -> Any:
             collapsed = step == 4 and not learner.state.rollbacks
-            return see(step, figures | {"kl_k3": 9.0 if collapsed else 0.0, "updates": 1.0, "duplicate_share": 0.0})
+            assert last == (step == 6)
+            return see(
+                step, figures | {"kl_k3": 9.0 if collapsed else 0.0, "updates": 1.0, "duplicate_share": 0.0}, last
+            )
 
-        learner.guard.see = seeing  # type: ignore[method-assign]
+        learner.guard.see = seeing  # type: ignore[method-assign, assignment]
 
     finished, run = learn(recipe, tmp_path, model, watch=collapse_once)
     summary, rows = read_json(run.summary), read_jsonl(run.metrics)

@@ -427,6 +427,16 @@ def test_collapse_began_when_the_reward_was_last_near_its_best() -> None:
     assert guard.suspicious
 
 
+def test_at_the_last_step_what_is_likely_counts() -> None:
+    figures = [fixed(reward) | {"reward_error": 0.15} for reward in [0.6] * 4 + [0.2] * 3]
+    waiting, deciding = Guard(GuardConfig()), Guard(GuardConfig())
+    for step, row in enumerate(figures, start=1):
+        undecided = waiting.see(step, row)
+        verdict = deciding.see(step, row, last=step == len(figures))
+    assert (undecided.tripped, bool(undecided.suspect)) == ("", True), "0.4 are 3.3 standard errors"
+    assert verdict.tripped.startswith("step 7: reward fell to 0.20 from 0.60 at best")
+
+
 def test_a_reward_that_settles_below_its_best_is_no_endless_collapse() -> None:
     guard = Guard(GuardConfig())
     watch([*[fixed(0.8)] * 5, *[fixed(0.6)] * 50], guard)
