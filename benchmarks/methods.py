@@ -114,9 +114,21 @@ def print_runs(console: Console, runs: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def reward_curve(row: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """(thousand tokens drawn, reward of the batch) by step."""
+    drawn, xs, ys = 0.0, [], []
+    for step in row["curve"]:
+        drawn += step["sampled_tokens"] or 0.0
+        if step["reward_mean"] is not None:
+            xs.append(drawn / 1000)
+            ys.append(step["reward_mean"])
+    return xs, ys
+
+
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
     """Bars of the held-out reward with one mark a seed, and the training reward over the tokens drawn."""
     import matplotlib
+    import numpy
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -137,17 +149,19 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     bars.set_xticks(range(len(columns)), [name for name, _, _ in columns], rotation=25, ha="right")
     bars.set(ylabel="held-out reward", ylim=(0, 1), title="held-out sums, dots are seeds")
     for name, rows in groups.items():
-        for row in rows:
-            drawn, xs, ys = 0.0, [], []
-            for step in row["curve"]:
-                drawn += step["sampled_tokens"] or 0.0
-                if step["reward_mean"] is not None:
-                    xs.append(drawn / 1000)
-                    ys.append(step["reward_mean"])
-            if xs:
-                label = name if row["seed"] == rows[0]["seed"] else None
-                curves.plot(xs, ys, color=colours[name], alpha=0.8, linewidth=1.2, label=label)
-    curves.set(xlabel="thousand tokens drawn", ylabel="reward of the batch", ylim=(0, 1), title="while training")
+        lines = [line for line in map(reward_curve, rows) if line[0]]
+        for xs, ys in lines:
+            curves.plot(xs, ys, color=colours[name], alpha=0.25, linewidth=1)
+        if lines:
+            grid = numpy.linspace(max(xs[0] for xs, _ in lines), min(xs[-1] for xs, _ in lines), 50)
+            mean = numpy.mean([numpy.interp(grid, xs, ys) for xs, ys in lines], axis=0)
+            curves.plot(grid, mean, color=colours[name], linewidth=2, label=name)
+    curves.set(
+        xlabel="thousand tokens drawn",
+        ylabel="reward of the batch",
+        ylim=(0, 1),
+        title="while training: mean, and seeds",
+    )
     curves.legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
