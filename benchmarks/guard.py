@@ -36,7 +36,7 @@ COLLAPSING = (
     "checkpoint.every_steps=2",
     "checkpoint.keep=4",
 )
-"""Within ten steps the reward falls to nothing, or to the few answers that all groups agree on (docs/results.md)."""
+"""Within ten to sixteen steps the reward falls to next to nothing (docs/results.md)."""
 POLICIES = ("off", "rollback")
 STEPS = 20
 RUN_LIMIT_S = 3600
