@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from learner.intake.dispatcher import Dispatcher
-from learner.intake.journal import Journal
+from learner.intake.journal import Journal, read_groups
 from learner.intake.server import IntakeServer
 from learner.intake.source import Source
-from protocol.messages import Sampling, Ticket, TicketId, Welcome
+from protocol.messages import Completion, Group, Sampling, Ticket, TicketId, Welcome
 from protocol.sections import WireConfig
 from protocol.sockets import Hub
 from protocol.weights import layout, make_snapshot
@@ -91,3 +94,43 @@ class Intake:
         self.server.stop()
         self.journal.close()
         assert self.server.crash is None, f"the intake thread died: {self.server.crash!r}"
+
+
+def journal_of(directory: Path) -> list[Group]:
+    return list(read_groups(directory / "groups.journal"))
+
+
+def eval_ticket(index: int, version: int) -> Ticket:
+    return msgspec.structs.replace(
+        make_ticket(100 + index), id=TicketId(-version, index), kind="eval", min_version=version
+    )
+
+
+def locked(intake: Intake, function: Any) -> Any:
+    with intake.server.lock:
+        return function()
+
+
+def make_dispatcher(
+    *, groups_per_step: int = 2, max_lag: int = 1, steps: int = 5, max_attempts: int = 3, **filtering: Any
+) -> Dispatcher:
+    dispatcher = Dispatcher(
+        ticket_of,
+        groups_per_step=groups_per_step,
+        max_lag=max_lag,
+        steps=steps,
+        max_attempts=max_attempts,
+        **filtering,
+    )
+    dispatcher.published(0, 1)
+    dispatcher.training_enabled = True
+    return dispatcher
+
+
+def make_group(ticket: Ticket, version: int = 1) -> Group:
+    completion = Completion(1, ((version, 0),), "stop", {"reward": 1.0})
+    return Group(
+        id=ticket.id, kind=ticket.kind, attempt=ticket.attempt, actor="a", prompt_ids=ticket.prompt_ids,
+        temperature=1.0,
+        completions=(completion,), token_ids=b"\0\0\0\0", logprobs=b"\0\0\0\0", mask=b"\1",
+    )  # fmt: skip

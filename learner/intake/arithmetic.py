@@ -12,7 +12,7 @@ from typing import overload
 
 import xxhash
 
-from learner.intake.problems import Problem, ProblemSet, demonstration
+from learner.intake.problems import Problem, ProblemSet, demonstration, heldout_wanted
 from learner.intake.shuffle import permuted
 from protocol.config import Recipe
 from protocol.errors import RecipeError
@@ -98,9 +98,8 @@ def make_arithmetic(recipe: Recipe) -> ProblemSet:
     """Sums of two operands. A pair is held out as an unordered one: with 3 + 4 goes 4 + 3."""
     task, demonstrated = recipe.task, recipe.warm_start.examples
     pairs = count_pairs(task.max_operand)
-    if recipe.eval.prompts == "all" and recipe.method != "eval":
-        raise RecipeError('eval.prompts: found "all", allowed with task.name = "arithmetic": a number')
-    heldout = pairs if recipe.eval.prompts == "all" else recipe.eval.prompts
+    all_pairs = pairs if recipe.method == "eval" else None
+    heldout = heldout_wanted(recipe, all_pairs, 'with task.name = "arithmetic": a number')
     if heldout + demonstrated > pairs or (heldout == pairs and recipe.method != "eval"):
         raise RecipeError(
             f"task.max_operand: found {task.max_operand}, which makes {pairs} pairs of operands, allowed: enough for"

@@ -136,8 +136,8 @@ def load_task(recipe: Recipe, tokenizer: Any) -> Task:
     prompter = Prompter(tokenizer, recipe.task.system_prompt, template)
     if _may_leave_out(recipe):
         problems = _without_heldout_prompts(problems, prompter)
-        if _may_leave_out(recipe) and recipe.task.over_long == "leave_out":
-            problems = _without_over_long(recipe, problems, prompter)
+    if _leaves_out(recipe):
+        problems = _without_over_long(recipe, problems, prompter)
     task = Task(recipe, problems, prompter, template)
     _check_pairs(recipe, task)
     _check_lengths(recipe, task, problems, prompter)
@@ -153,6 +153,10 @@ def _problems(recipe: Recipe) -> ProblemSet:
 def _may_leave_out(recipe: Recipe) -> bool:
     """Whether training problems can be looked at one by one: generated sums are too many."""
     return recipe.task.name != "arithmetic" and recipe.method != "eval"
+
+
+def _leaves_out(recipe: Recipe) -> bool:
+    return _may_leave_out(recipe) and recipe.task.over_long == "leave_out"
 
 
 def _without_heldout_prompts(problems: ProblemSet, prompter: Prompter) -> ProblemSet:
@@ -190,14 +194,19 @@ def _check_pairs(recipe: Recipe, task: Task) -> None:
 
 def _check_lengths(recipe: Recipe, task: Task, problems: ProblemSet, prompter: Prompter) -> None:
     """Raise RecipeError if a prompt and its completion, or a response to learn from, do not fit into the context."""
+    if not _leaves_out(recipe):  # else all that is learnt from fits, it was looked at one by one
+        _check_learned_lengths(recipe, task, problems, prompter)
+    heldout = [len(example.prompt_ids) for example in task.heldout]
+    _check_fit(heldout, recipe.model.max_model_len, recipe.eval_sampling_tokens, "held-out prompts")
+
+
+def _check_learned_lengths(recipe: Recipe, task: Task, problems: ProblemSet, prompter: Prompter) -> None:
     room = recipe.model.max_model_len
     advice = ', or task.over_long = "leave_out"' if _may_leave_out(recipe) else ""
     bounding = _bounding_problems(recipe, problems)
     if recipe.method in ROLLOUT_METHODS:
         prompts = [_learned_length(recipe, problem, prompter) for problem in bounding]
         _check_fit(prompts, room, recipe.rollout.max_tokens, "training prompts", advice)
-    heldout = [len(example.prompt_ids) for example in task.heldout]
-    _check_fit(heldout, room, recipe.eval_sampling_tokens, "held-out prompts")
     demonstrations = [sum(map(len, task.demonstration_tokens(example))) for example in task.demonstrations]
     _check_fit(demonstrations, room, 0, "demonstrations", advice)
     if recipe.method in OFFLINE_METHODS:

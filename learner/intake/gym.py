@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from learner.intake.problems import Problem, ProblemSet, demonstration, split_problems
+from learner.intake.problems import Problem, ProblemSet, demonstration, heldout_wanted, split_problems
 from protocol.config import OFFLINE_METHODS, Recipe
 from protocol.errors import RecipeError
 
@@ -36,12 +36,9 @@ def make_reasoning_gym(recipe: Recipe) -> ProblemSet:
     Raises RecipeError for a task or options that the package does not know, and for a grader that cannot read its
     references.
     """
-    task, wanted = recipe.task, recipe.eval.prompts
+    task = recipe.task
     _check_name(task.dataset)
-    if wanted == "all":
-        raise RecipeError(
-            'eval.prompts: found "all", allowed with task.name = "reasoning_gym": a number, they are generated'
-        )
+    wanted = heldout_wanted(recipe, None, 'with task.name = "reasoning_gym": a number, they are generated')
     graded = recipe.method not in OFFLINE_METHODS or wanted
     tasks_graded = re.findall(r"reasoning_gym:(\w+)", task.grader)
     if graded and (":" not in task.grader or any(name != task.dataset for name in tasks_graded)):

@@ -82,12 +82,9 @@ def split_problems(
     """
     seed = recipe.seed
     candidates = [problem for problem in (train if apart is None else apart) if problem.answer]
-    if recipe.eval.prompts == "all" and apart is None and recipe.method != "eval":
-        raise RecipeError(
-            'eval.prompts: found "all", allowed here: a number, or held-out problems of their own (task.heldout,'
-            " task.heldout_split)"
-        )
-    wanted = max(len(candidates), 1) if recipe.eval.prompts == "all" else recipe.eval.prompts
+    of_their_own = apart is not None or recipe.method == "eval"
+    allowed = "here: a number, or held-out problems of their own (task.heldout, task.heldout_split)"
+    wanted = heldout_wanted(recipe, max(len(candidates), 1) if of_their_own else None, allowed)
     if wanted > len(candidates):
         where = key if apart is None else "task.heldout"
         raise RecipeError(
@@ -103,6 +100,15 @@ def split_problems(
         raise RecipeError(f"{key}: found {found}, all of whose {len(train)} prompts are held out; allowed: others too")
     demonstrations = draw_demonstrations(recipe, kept, found)
     return ProblemSet(kept, heldout, demonstrations, digest([*train, *(apart or [])]))
+
+
+def heldout_wanted(recipe: Recipe, available: int | None, allowed: str) -> int:
+    """`eval.prompts` as a number; "all" are those `available`. None: none are set apart, RecipeError says `allowed`."""
+    if recipe.eval.prompts != "all":
+        return recipe.eval.prompts
+    if available is None:
+        raise RecipeError(f'eval.prompts: found "all", allowed {allowed}')
+    return available
 
 
 def draw_demonstrations(recipe: Recipe, problems: Sequence[Problem], found: str) -> tuple[Problem, ...]:

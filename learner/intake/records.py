@@ -203,7 +203,7 @@ def _prompt(name: str, prompt: Any, one_question: bool) -> Prompt:
 
 def _with_input(record: Record, reading: Reading, prompt_name: str, prompt: Prompt) -> Prompt:
     """The prompt, and behind an empty line the text that belongs to it, where the record has one."""
-    name, text = _find(record, reading.fields.input, tuple(filter(None, [INPUT_OF.get(prompt_name)])) or ("",))
+    name, text = _find(record, reading.fields.input, (INPUT_OF.get(prompt_name, ""),))
     if text is None or text == "" or not (reading.fields.input or isinstance(text, str)):
         return prompt
     if not isinstance(text, str) or not isinstance(prompt, str):

@@ -1,22 +1,18 @@
 """Watches a run for collapse. `Guard.see` takes a step's figures and says what is suspect and what has lasted too long.
 
 A pure state machine: knows no clock, no file and no model. What is done about a verdict is the loop's part.
-`guard_figures` takes from the groups what the other metrics do not say. docs/algorithms.md has the rules and why.
+What it is told of the groups: `guard_figures.py`. docs/algorithms.md has the rules and why.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-import numpy as np
-
-from protocol.messages import Group
 from protocol.sections import GuardConfig
 
 NOISE_ERRORS = 4.0
@@ -418,47 +414,6 @@ class Guard:
         expected = reward**size + (1 - reward) ** size
         error = math.sqrt(expected * (1 - expected) / groups)
         return expected + LIKELY_ERRORS * error >= self.config.zero_variance_share
-
-
-def guard_figures(groups: Sequence[Group]) -> dict[str, float]:
-    """What the guard needs to know of a step's groups beside its other metrics; each is a metric of its own, too.
-
-    `sampled_entropy` is the mean of -logprob over all completion tokens, trained on or not: an unbiased estimate of the
-    entropy of what was sampled, in nats a token; absent if there is no token. `reward_error` is the standard error of
-    the mean reward, from the means of the groups: completions of one prompt are no independent draws.
-    """
-    completions = [completion for group in groups for completion in group.completions]
-    logprobs = np.concatenate([np.frombuffer(group.logprobs, "<f4") for group in groups] or [np.zeros(0, np.float32)])
-    graded = [[c.scores["reward"] for c in group.completions if not c.grader_error] for group in groups]
-    figures = {
-        "groups": float(len(groups)),
-        "completions": float(len(completions)),
-        "duplicate_share": duplicate_share([[c.text for c in group.completions] for group in groups]),
-        "reward_error": standard_error([rewards for rewards in graded if rewards]),
-    }
-    if logprobs.size:
-        figures["sampled_entropy"] = float(-logprobs.mean(dtype=np.float64))
-    return figures
-
-
-def duplicate_share(texts_by_prompt: Sequence[Sequence[str]]) -> float:
-    """Share of the prompts that have the commonest completion among theirs; 0 where there are fewer than two prompts.
-
-    A text counts once for each prompt, so equal completions of one easy prompt are nothing, and one template as the
-    answer to everything is 1.
-    """
-    if len(texts_by_prompt) < 2:
-        return 0.0
-    prompts_of = Counter(text for texts in texts_by_prompt for text in set(texts))
-    return max(prompts_of.values(), default=0) / len(texts_by_prompt)
-
-
-def standard_error(rewards_by_group: Sequence[Sequence[float]]) -> float:
-    """Standard error of the mean of all rewards, the groups being what was drawn; 0 where there are fewer than two."""
-    if len(rewards_by_group) < 2:
-        return 0.0
-    means = [fmean(rewards) for rewards in rewards_by_group]
-    return float(np.std(means, ddof=1)) / math.sqrt(len(means))
 
 
 def _reward_variance(figures: Mapping[str, float]) -> float:

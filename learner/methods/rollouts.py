@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learner.batch import Row, Sample
-from learner.methods.guard import guard_figures
+from learner.methods.guard_figures import guard_figures
 from protocol.messages import Group
 
 StepOfVersion = Callable[[int], int]

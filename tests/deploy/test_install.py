@@ -66,7 +66,13 @@ def fill_index(folder: Path, torch: tuple[str, str, str, tuple[str, ...]]) -> di
     write_wheel(folder, "nvidia-tiny", "13.0")
     write_wheel(folder, "triton", "3.7.1")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "TANDEM_", "PYTHON"))}
-    return {**kept, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_CONFIG_FILE": os.devnull}
+    return kept | only_from(folder)
+
+
+def only_from(folder: Path) -> dict[str, str]:
+    """pip's settings, by which it sees nothing but `folder`."""
+    settings = {"no_index": "1", "find_links": str(folder), "config_file": os.devnull}
+    return {f"PIP_{name.upper()}": value for name, value in settings.items()}
 
 
 def pip_without_project(paths: Paths, what: str, args, env, say) -> None:
@@ -243,7 +249,7 @@ def test_check_python_names_what_is_needed():
 def test_run_pip_tells_what_pip_said_and_leaves_no_marker(tmp_path, paths):
     paths.venv.joinpath("bin").mkdir(parents=True)
     paths.python.symlink_to(sys.executable)
-    env = {**os.environ, "PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(tmp_path)}
+    env = os.environ | only_from(tmp_path)
     with pytest.raises(SetupError, match=r"(?s)packages.*No matching distribution found for nosuch-package"):
         install.run_pip(paths, "packages", ["--no-deps", "nosuch-package==1"], env, quiet)
     assert not (paths.venv / install.INSTALLING).exists()

@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from learner.methods.guard import Guard, Verdict, duplicate_share, guard_figures, standard_error
-from protocol.messages import Completion, Group, TicketId
+from learner.methods.guard import Guard, Verdict
+from learner.methods.guard_figures import standard_error
 from protocol.sections import GuardConfig
 
 GROUPS, SIZE = 16, 8
@@ -274,22 +272,13 @@ def test_missing_figures_are_skipped() -> None:
     assert verdicts == [Verdict()] * 16
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    start=st.floats(0.0, 0.5),
-    gain=st.floats(0.0, 0.5),
-    steps=st.integers(5, 40),
-    alike=st.floats(1.0, 20.0),
-    groups=st.sampled_from([8, 16, 32]),
-    fall=st.floats(1.0, 20.0),
-)
-def test_growing_rewards_do_not_trip(
-    seed: int, start: float, gain: float, steps: int, alike: float, groups: int, fall: float
-) -> None:
+@pytest.mark.parametrize("seed", range(100))
+def test_growing_rewards_do_not_trip(seed: int) -> None:
+    """From a reward of 0.1 on: below it most groups agree, and then a lost entropy is a dead end."""
     rng = np.random.default_rng(seed)
-    entropies = np.geomspace(0.6, 0.6 / fall, steps)
-    pairs = zip(ramp(start, start + gain, steps), entropies, strict=True)
+    start, gain, steps = rng.uniform(0.1, 0.5), rng.uniform(0.0, 0.5), int(rng.integers(5, 41))
+    alike, fall, groups = rng.uniform(1.0, 20.0), rng.uniform(1.0, 20.0), int(rng.choice([8, 16, 32]))
+    pairs = zip(ramp(start, start + gain, steps), np.geomspace(0.6, 0.6 / fall, steps), strict=True)
     verdicts = watch(draw(rng, reward, alike, groups, sampled_entropy=float(e)) for reward, e in pairs)
     assert trips([verdict for verdict in verdicts if not verdict.hopeless]) == []
 
@@ -442,52 +431,6 @@ def test_a_reward_that_settles_below_its_best_is_no_endless_collapse() -> None:
     watch([*[fixed(0.8)] * 5, *[fixed(0.6)] * 50], guard)
     assert guard.began_ago == 9, "3 windows at most"
     assert not guard.suspicious
-
-
-# --- figures of the groups ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("texts", "share"), [
-    ([["a", "a"]], 0.0),
-    ([], 0.0),
-    ([["a", "a"], ["b", "c"]], 0.5),
-    ([["t", "t"], ["t", "t"], ["t", "t"]], 1.0),
-    ([["t", "x"], ["y", "t"], ["z", "w"], ["v", "u"]], 0.5),
-    ([["", ""], ["", "a"]], 1.0),
-    ([[], []], 0.0),
-])  # fmt: skip
-def test_duplicate_share_counts_a_text_once_a_prompt(texts: list[list[str]], share: float) -> None:
-    assert duplicate_share(texts) == share
-
-
-def test_standard_error_takes_groups_for_the_draws() -> None:
-    assert standard_error([[1, 1, 1, 1], [0, 0, 0, 0]]) == pytest.approx(0.5)  # deviation 0.7071 of two means
-    assert standard_error([[1, 0], [0, 1], [1, 0]]) == 0.0
-    assert standard_error([[1, 0]]) == 0.0
-
-
-def group(index: int, rewards: list[float], texts: list[str], logprobs: list[float], errors: str = "") -> Group:
-    """Completions of two tokens each; `errors`: those whose grader failed."""
-    completions = tuple(
-        Completion(2, ((1, 0),), "stop", {"reward": reward}, text, "timeout" if str(i) in errors else "")
-        for i, (reward, text) in enumerate(zip(rewards, texts, strict=True))
-    )
-    data = np.array(logprobs, "<f4").tobytes()
-    return Group(TicketId(0, index), "train", 1, "actor-0", (1, 2), 1.0, completions, logprobs=data)
-
-
-def test_guard_figures_of_two_groups() -> None:
-    groups = [
-        group(0, [1.0, 0.0], ["5", "6"], [-1.0, -2.0, -3.0, -4.0], errors="1"),
-        group(1, [0.0, 0.0], ["6", "6"], [0.0, 0.0, -1.0, -1.0]),
-    ]
-    assert guard_figures(groups) == pytest.approx(
-        {"groups": 2, "completions": 4, "duplicate_share": 1.0, "reward_error": 0.5, "sampled_entropy": 1.5}
-    )
-
-
-def test_guard_figures_without_tokens_have_no_entropy() -> None:
-    assert "sampled_entropy" not in guard_figures([group(0, [], [], [])])
 
 
 def test_what_was_only_warned_of_may_be_acted_upon_by_another_policy() -> None:
