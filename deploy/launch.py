@@ -35,7 +35,7 @@ STOP_S = 300.0
 MAX_LEARNER_RESTARTS = 3
 STOPPED = 3
 NO_RESTART = (0, 2, STOPPED, 4, 5)
-"""Exit codes of the learner that a restart cannot mend; see `learner/__main__.py`."""
+"""Exit codes of the learner that a restart cannot mend; see `learner/outcome.py`."""
 
 
 class View(Protocol):
@@ -76,10 +76,18 @@ class Interrupts:
             self.count += 1
             return
         self.count = max(self.count, 1)
-        devnull = os.open(os.devnull, os.O_WRONLY)  # nobody sees what is printed from here on, and printing would fail
-        for stream in self.terminals:
-            os.dup2(devnull, stream)
-        os.close(devnull)
+        self._leave(self.terminals)
+
+    def leave_closed_terminals(self) -> None:
+        """For a run that ignores SIGHUP, or is not told: it goes on, and no print fails."""
+        self._leave(tuple(stream for stream in self.terminals if not os.isatty(stream)))
+
+    def _leave(self, streams: tuple[int, ...]) -> None:
+        """Nobody sees what is printed there from here on, and printing would fail."""
+        self.terminals = tuple(stream for stream in self.terminals if stream not in streams)
+        for stream in streams:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream)
 
 
 def launch(recipe: Recipe, run: RunDir, model: Path, view: View, gpus: GpuShares, ray_address: str = "") -> int:
@@ -104,6 +112,7 @@ def launch(recipe: Recipe, run: RunDir, model: Path, view: View, gpus: GpuShares
 def _wait_for_endpoint(run: RunDir, learner: LearnerProcess, view: View, interrupts: Interrupts) -> None:
     began = time.monotonic()
     while not run.endpoint.exists() and learner.poll() is None and not interrupts.count:
+        interrupts.leave_closed_terminals()
         if time.monotonic() - began > LEARNER_START_S:
             raise DeadlineExceeded("the learner to open its sockets", time.monotonic() - began)
         view.update(read_json(run.status) or {})
@@ -115,6 +124,7 @@ def _watch(run: RunDir, learner: LearnerProcess, view: View, interrupts: Interru
     stopping_since = 0.0
     while True:
         code = learner.poll()
+        interrupts.leave_closed_terminals()
         view.update(read_json(run.status) or {})
         if code is not None:
             if interrupts.count and code not in NO_RESTART:

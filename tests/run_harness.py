@@ -29,7 +29,9 @@ TANDEM = [sys.executable, "-m", "deploy.cli"]
 class Terminal:
     """Context manager: a pseudo-terminal whose screen is read by a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, ignored: bool = False) -> None:
+        """`ignored`: the command is told to go on without it, as by nohup."""
+        self._ignored = ignored
         self._master, self.slave = pty.openpty()
         self.shown = ""
         self._open = True
@@ -41,7 +43,8 @@ class Terminal:
                 self.shown += os.read(self._master, 4096).decode(errors="replace")
 
     def take_control(self) -> None:
-        """In the child: this is its controlling terminal."""
+        """In the child: this is its controlling terminal, whose end it is told by SIGHUP, unless that is ignored."""
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if self._ignored else signal.SIG_DFL)
         fcntl.ioctl(self.slave, termios.TIOCSCTTY, 0)
 
     def hang_up(self) -> None:

@@ -240,6 +240,21 @@ def test_closed_terminal_stops_the_run_with_a_checkpoint(recipe: Path, tmp_path:
     assert status(run)["phase"] == "stopped"
 
 
+@pytest.mark.timeout(300)
+def test_run_that_ignores_the_hangup_goes_on_without_its_terminal(recipe: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "cli")
+    with Terminal(ignored=True) as terminal:
+        arguments = ["train", str(recipe), "--runs", str(run.path.parent), "--set", "steps=30"]
+        with Command(arguments, tmp_path / "log", terminal=terminal) as command:
+            command.until(reached(run, 6), "sixth step", 120)
+            terminal.hang_up()
+            assert command.wait(120) == 0
+            assert command.left_running() == []
+            assert left_behind(run, command.process.pid) == []
+    assert read_json(run.summary)["steps"] == 30
+    assert status(run)["phase"] == "finished"
+
+
 @pytest.mark.timeout(400)
 def test_killed_learner_is_restarted_and_replays_its_journal(recipe: Path, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "runs" / "cli")
