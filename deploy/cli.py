@@ -95,7 +95,7 @@ def evaluate(
     grader: Annotated[str, typer.Option(help="Default: the template's, else the task's.")] = "",
     template: Annotated[str, typer.Option(help="chat (default), r1_zero, question_only, or a file.")] = "",
     samples: Annotated[int | None, typer.Option("--n", help="Completions of each problem; default 8.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Default 1.0.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Default 1.0; 0: greedy, with --n 1.")] = None,
     prompts: Annotated[str, typer.Option(metavar="N|all", help="Problems; default 64.")] = "",
     max_tokens: Annotated[int | None, typer.Option(help="Of a completion; default 512 for gsm8k, else 64.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the problems and the sampling; default 0.")] = None,

@@ -83,7 +83,7 @@ def eval_recipe(options: EvalOptions, model_limit: Callable[[str], int]) -> Reci
 
 def _given(options: EvalOptions) -> dict[str, Any]:
     """Recipe keys of the options that were given."""
-    samples, max_tokens = options.samples, options.max_tokens
+    samples, max_tokens = _samples(options), options.max_tokens
     keys = {
         "name": options.name,
         "model.path": options.model,
@@ -106,7 +106,7 @@ def _given(options: EvalOptions) -> dict[str, Any]:
 
 def _defaults(options: EvalOptions, model_limit: Callable[[str], int]) -> dict[str, Any]:
     """What holds for a task without a recipe file."""
-    samples = options.samples or DEFAULT_SAMPLES
+    samples = _samples(options) or DEFAULT_SAMPLES
     max_tokens = options.max_tokens or MAX_TOKENS.get(options.task, OTHER_MAX_TOKENS)
     keys: dict[str, Any] = {
         "name": run_name(options.model),
@@ -119,6 +119,11 @@ def _defaults(options: EvalOptions, model_limit: Callable[[str], int]) -> dict[s
     if samples > Recipe().actor.max_running:
         keys["actor.max_running"] = samples
     return keys
+
+
+def _samples(options: EvalOptions) -> int | None:
+    """As given; greedy completions are all the same, so one is enough."""
+    return 1 if options.samples is None and options.temperature == 0 else options.samples
 
 
 def _implied(options: EvalOptions) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from typing import Literal
 
 Z95 = 1.959963984540054
 """97.5 % quantile of the normal distribution: 95 % lie between -Z95 and Z95."""
-SOLVED_REWARD = 1.0 - 1e-6
-"""A completion of at least this reward solves its problem (pass@k). Rewards are float64, a weighted sum may round."""
+REWARD_ROUNDING = 1e-6
+"""Rewards are float64: a weighted sum that should be 1 may be less by its rounding."""
+SOLVED_REWARD = 1.0 - REWARD_ROUNDING
+"""A completion of at least this reward solves its problem (pass@k)."""
 RIGHT_SCORE = 0.5
 """A score of at least this counts as yes, where a yes or no is asked for."""
 

@@ -142,6 +142,11 @@ class Recipe(Section):
             )
         if rollout.group_size < 2 and rollout.dynamic_sampling:
             raise ValueError("rollout.group_size: found 1, allowed with rollout.dynamic_sampling: at least 2")
+        if grpo.advantage in ("none", "batch_normalized") and rollout.dynamic_sampling:
+            raise ValueError(
+                f'rollout.dynamic_sampling: found true with grpo.advantage = "{grpo.advantage}", allowed: false, since'
+                " groups of equal rewards have a gradient there"
+            )
         if (grpo.loss == "no_baseline") != (grpo.advantage == "none"):
             raise ValueError(
                 f'grpo.advantage: found "{grpo.advantage}" with grpo.loss = "{grpo.loss}", allowed: "none" (the raw'
@@ -199,7 +204,7 @@ class Recipe(Section):
 
     def _check_sampling(self) -> None:
         if self.method not in ROLLOUT_METHODS:
-            self._check_eval_tokens()
+            self._check_eval_sampling()
             return
         rollout = self.rollout
         biased = [k for k, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)) if getattr(rollout, k) != off]
@@ -219,9 +224,14 @@ class Recipe(Section):
                 f" {rollout.group_size} (a group runs as a whole)"
             )
 
-        self._check_eval_tokens()
+        self._check_eval_sampling()
 
-    def _check_eval_tokens(self) -> None:
+    def _check_eval_sampling(self) -> None:
+        if not self.eval.temperature and self.eval.samples > 1:
+            raise ValueError(
+                f"eval.samples: found {self.eval.samples}, allowed with eval.temperature = 0: 1, greedy completions are"
+                " all the same"
+            )
         if self.eval.wanted and self.eval_sampling_tokens >= self.model.max_model_len:
             raise ValueError(
                 f"eval.max_tokens: found {self.eval_sampling_tokens}, allowed: less than model.max_model_len ="

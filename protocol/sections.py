@@ -222,7 +222,8 @@ class EvalConfig(Section):
     """Held-out problems; "all": of a file, split or data set of their own; 0: no evaluation."""
     samples: Positive = 4
     """Completions a problem."""
-    temperature: PositiveFloat = 1.0
+    temperature: NotNegative = 1.0
+    """0: greedy, the likeliest token each time."""
     max_tokens: Count = 0
     """0: as in `rollout`."""
     every_steps: Count = 0

@@ -65,7 +65,7 @@ def test_eval_measures_a_model_and_compare_compares_it(model: Path, tmp_path: Pa
     [
         (["--task", "mmlu"], "task.name: found 'mmlu'"),
         (["--max-tokens", "600"], "eval.max_tokens: found 600, allowed: less than model.max_model_len = 512"),
-        (["--temperature", "0"], "eval.temperature: found 0.0, allowed: "),
+        (["--temperature", "-1"], "eval.temperature: found -1.0, allowed: "),
         (["--recipe", "/nowhere.toml"], "/nowhere.toml: no such file"),
         (["--set", "steps=3"], "steps: found 3, allowed with method"),
         (["--task", "jsonl", "--data", "/nowhere.jsonl"], "task.train: found '/nowhere.jsonl'"),

@@ -30,7 +30,7 @@ TICKET_STATES = (
     "issued", "trained", "filtered", "failed", "dropped", "abandoned", "in_training", "queued", "leased", "duplicates",
     "reissued",
 )  # fmt: skip
-"""What `Dispatcher.counts` counts."""
+"""What `Dispatcher.counts` counts, all of train tickets."""
 MISSED_BEATS = 2
 """Heartbeats in a row that do not list a lease until it is issued again."""
 
@@ -164,7 +164,7 @@ class Dispatcher:
     def receive(self, group: Group) -> bool:
         """Take in a journaled group. False: duplicate, late or unknown; acknowledge it and forget it."""
         accepted = self._ledger(group.id).receive(group)
-        self.duplicates += not accepted
+        self.duplicates += is_train(group.id) and not accepted
         if accepted:
             self.failed_in_a_row = 0
             self._filter(group)
@@ -188,7 +188,7 @@ class Dispatcher:
         if lease is not None and lease.actor == actor and attempt in (0, lease.ticket.attempt):
             ledger.excused[ticket_id] += excused
             if ledger.give_back(ticket_id, self.max_attempts, why):
-                self.reissued += 1
+                self.reissued += is_train(ticket_id)
             else:
                 self.newly_failed.append((ticket_id, why))
                 self.failed_in_a_row += bool(attempt) and is_train(ticket_id)
@@ -320,7 +320,7 @@ class Dispatcher:
         `pinned`: groups must be of exactly the tickets' `min_version`; otherwise that one or later."""
         assert not len(self.eval), "one evaluation at a time"
         assert all(not is_train(ticket.id) and ticket.kind == "eval" for ticket in tickets)
-        self.eval = Ledger(waiting=deque(tickets))
+        self.eval = Ledger(waiting=deque(tickets), opened=len(tickets))
         self.eval_pinned, self.eval_share = pinned, share
 
     def finish_evaluation(self) -> tuple[list[Group], dict[TicketId, str]] | None:
@@ -353,10 +353,11 @@ class Dispatcher:
         }
 
     def check(self) -> None:
-        """Assert the accounting and the staleness bound. A violation is a bug, never a state to go on from."""
+        """Assert the accounting of both kinds and the staleness bound. A violation is a bug, no state to go on from."""
         counts = self.counts()
         states = ("trained", "filtered", "failed", "dropped", "abandoned", "in_training", "queued", "leased")
         assert counts["issued"] == sum(counts[state] for state in states), f"tickets do not add up: {counts}"
+        assert self.eval.opened == len(self.eval) + len(self.eval.failed), "evaluation tickets do not add up"
         assert self.live() <= (self.max_lag + 1) * self.groups_per_step, (
             f"more live tickets than max_lag allows: {counts}"
         )

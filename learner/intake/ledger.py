@@ -27,6 +27,8 @@ class Lease:
 class Ledger:
     """Live tickets of one kind. Orders issue, keeps leases and finished groups that nobody has taken yet."""
 
+    opened: int = 0
+    """evaluation: tickets that it began with, each of which is waiting, leased, queued or failed."""
     waiting: deque[Ticket] = field(default_factory=deque)
     leased: dict[TicketId, Lease] = field(default_factory=dict)
     queued: dict[TicketId, Group] = field(default_factory=dict)

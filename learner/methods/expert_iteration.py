@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from learner.batch import Batch, Minibatch, Row, Sample
+from learner.eval_figures import REWARD_ROUNDING
 from learner.methods.rollouts import StepOfVersion, group_row, group_stats
 from protocol.config import Recipe
 from protocol.messages import Group
@@ -55,8 +56,9 @@ def accepted(group: Group, row: Row, config: ExpertIterationConfig, so_far: list
     """
     before = len(so_far)
     seen = {sample.token_ids.tobytes() for sample in so_far}
+    least = config.min_reward - REWARD_ROUNDING
     for completion, sample in zip(group.completions, row.samples, strict=True):
-        wanted = completion.scores.get("reward", 0.0) >= config.min_reward and completion.finish_reason != "length"
+        wanted = completion.scores.get("reward", 0.0) >= least and completion.finish_reason != "length"
         tokens = sample.token_ids.tobytes()
         if not wanted or not sample.mask.any() or (config.deduplicate and tokens in seen):
             continue

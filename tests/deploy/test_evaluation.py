@@ -100,6 +100,7 @@ def test_recipe_by_default_measures_sums() -> None:
     assert (recipe.eval.prompts, recipe.eval.samples, recipe.eval.temperature) == (64, 8, 1.0)
     assert (recipe.eval_sampling_tokens, recipe.model.max_model_len) == (64, 576)
     assert (recipe.rollout.stop, recipe.rollout.group_size, recipe.seed) == ((), 8, 0)
+    assert built(temperature=0.0).eval.samples == 1, "greedy completions are all the same"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: path.stem)
@@ -165,7 +166,8 @@ def test_recipe_file_keeps_what_no_option_changes(tmp_path: Path) -> None:
     ("options", "complaint"),
     [
         ({"samples": 0}, "eval.samples: found 0, allowed: "),
-        ({"temperature": 0.0}, r"eval.temperature: found 0\.0, allowed: "),
+        ({"temperature": -1.0}, r"eval.temperature: found -1\.0, allowed: "),
+        ({"temperature": 0.0, "samples": 2}, "eval.samples: found 2, allowed with eval.temperature = 0: 1"),
         ({"prompts": "0"}, "eval.prompts: found 0, allowed with method"),
         ({"task": "mmlu"}, "task.name: found 'mmlu'"),
         ({"task": "jsonl"}, "task.train: found"),

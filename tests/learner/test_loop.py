@@ -136,7 +136,7 @@ def test_sft_with_evaluation_publishes_only_what_is_evaluated(tmp_path: Path, mo
     _, run = learn(recipe, tmp_path, model)
     versions = read_jsonl(run.versions)
     results = {path.stem: read_json(path) for path in run.eval.glob("*.json")}
-    assert {"before", "after"} <= set(results) <= {"before", "step-00002", "step-00004", "after"}
+    assert {"before", "step-00002", "after"} <= set(results) <= {"before", "step-00002", "step-00004", "after"}
     assert versions[0]["step"] == 0 and versions[-1]["step"] == 5
     assert {row["step"] for row in versions} <= {0, 2, 4, 5}
     assert results["after"]["version_tokens"].keys() == {str(versions[-1]["version"])}
@@ -278,6 +278,26 @@ def test_evaluation_in_the_background_says_which_versions_it_measured(tmp_path: 
     assert len(measured) == len(results), "also the one that ends behind the last step"
     assert [row["step"] for row in read_jsonl(run.metrics)] == list(range(1, 9))
     assert read_json(run.summary)["tickets"]["trained"] == 32, "evaluation tickets have a ledger of their own"
+
+
+@pytest.mark.parametrize("method", ["expert_iteration", "dpo"])
+def test_every_method_is_evaluated_in_the_background(method: str, tmp_path: Path, model: Path) -> None:
+    recipe = recipe_of(
+        method=method, steps=4, task={"max_operand": 2}, eval={"every_steps": 1}, dpo={"batch_size": 2},
+        expert_iteration={"min_reward": 0.0},
+    )  # fmt: skip
+    _, run = learn(recipe, tmp_path, model)
+    steps = {row["version"]: row["step"] for row in read_jsonl(run.versions)}
+    result = read_json(run.eval / "step-00001.json")
+    assert steps[result["version_first"]] >= 1 and result["tokens"] > 0
+    assert any("eval_reward" in row for row in read_jsonl(run.metrics))
+    assert {path.stem for path in run.eval.glob("*.json")} >= {"before", "after"}
+
+
+def test_greedy_evaluation_draws_one_completion_of_each_problem(tmp_path: Path, model: Path) -> None:
+    recipe = recipe_of(method="eval", steps=0, eval={"temperature": 0.0, "samples": 1})
+    finished, run = learn(recipe, tmp_path, model)
+    assert finished and read_json(run.eval / "eval.json")["samples"] == 1
 
 
 def test_a_stop_while_the_last_evaluation_is_waited_for_loses_no_step(tmp_path: Path, model: Path) -> None:

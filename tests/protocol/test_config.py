@@ -262,6 +262,10 @@ def test_resume_keeps_what_finished_steps_meant(override: str, key: str) -> None
         ({"method": "eval", "steps": 3}, "steps"),
         ({"method": "eval", "eval": {"prompts": 0}}, "eval.prompts"),
         ({"method": "expert_iteration", "rollout": {"dynamic_sampling": True}}, "rollout.dynamic_sampling"),
+        (
+            {"rollout": {"dynamic_sampling": True}, "grpo": {"advantage": "batch_normalized"}},
+            "rollout.dynamic_sampling",
+        ),
         ({"eval": {"prompts": 0, "every_steps": 2}}, "eval.every_steps"),
         ({"steps": 0}, "steps"),
         ({"guard": {"policy": "rollback"}}, "checkpoint.every_steps"),

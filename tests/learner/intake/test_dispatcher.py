@@ -116,8 +116,11 @@ def test_evaluation_tickets_go_first_and_have_a_ledger_of_their_own() -> None:
     issued = issue_all(dispatcher)
     assert [ticket.id for ticket in issued] == [TicketId(-1, 0), TicketId(-1, 1), TicketId(-1, 2)]
     assert dispatcher.finish_evaluation() is None
+    dispatcher.give_back(issued[0].id, "a", "no", issued[0].attempt)
+    assert dispatcher.issue("a", 1, 0.0) is not None, "issued again"
     for ticket in reversed(issued):
-        dispatcher.receive(make_group(ticket))
+        assert dispatcher.receive(make_group(ticket))
+    assert not dispatcher.receive(make_group(issued[0])), "a duplicate"
     groups, failed = dispatcher.finish_evaluation() or ([], {})
     assert [group.id.index for group in groups] == [0, 1, 2]
     assert failed == {}

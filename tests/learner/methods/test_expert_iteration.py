@@ -50,6 +50,7 @@ def test_what_the_grader_accepts_is_kept_and_nothing_else() -> None:
     assert batch.stats["kept_questions"] == 2
     assert batch.stats["kept_share"] == 4 / 12
     assert len(kept(make(recipe(min_reward=0.5)))) == 5
+    assert len(kept(make(recipe(min_reward=1.0 + 1e-9)))) == 4, "a weighted sum of scores may round"
 
 
 def test_at_most_so_many_of_one_question_the_first_ones() -> None:
