@@ -37,6 +37,7 @@ COLLAPSING = (
     "checkpoint.keep=4",
 )
 """Within ten to sixteen steps the reward falls to next to nothing (docs/results.md)."""
+CURVE = ("step", "reward_mean", "zero_variance_share", "sampled_entropy", "lr")
 POLICIES = ("off", "rollback")
 STEPS = 20
 RUN_LIMIT_S = 3600
@@ -65,7 +66,7 @@ def run(policy: str, seed: int, steps: int, directory: Path) -> dict[str, Any]:
         "eval_after_warm_start": summary.get("eval_after_warm_start"),
         "eval_after": summary.get("eval_after"),
         "rollbacks": summary.get("rollbacks", 0),
-        "curve": [{key: row.get(key) for key in ("step", "reward_mean", "zero_variance_share", "lr")} for row in rows],
+        "curve": [{key: row.get(key) for key in CURVE} for row in rows],
     }
 
 
@@ -150,7 +151,7 @@ def main() -> None:
                 if overrides_of(policy, seed, options.steps) in done:
                     continue
                 console.print(f"seed {seed}, guard.policy = {policy}")
-                runs.append(run(policy, seed, options.steps, Path(directory)))
+                runs.append(run(policy, seed, options.steps, Path(directory)) | {"commit": about["commit"]})
                 results = {"machine": about, "runs": runs, "summary": summarize(runs)}
                 options.out.write_text(json.dumps(results, indent=1) + "\n")  # each time: what was measured is not lost
                 if runs[-1]["exit_code"]:
