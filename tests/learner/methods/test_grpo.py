@@ -1,9 +1,13 @@
 """Groups -> batches: advantages, lags, minibatches, denominators, statistics."""
 
+import dataclasses
+import math
+
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from learner.batch import Row
 from learner.methods.grpo import make_batch
 from protocol.config import Recipe
 from protocol.messages import Group
@@ -165,3 +169,105 @@ def test_a_batch_that_nobody_could_grade_has_no_advantages_whatever_the_estimato
     for advantage in ("batch_normalized", "group_mean", "group_mean_std", "leave_one_out"):
         batch = make(recipe(advantage=advantage, skip_zero_advantage=False), failed)
         assert all(s.advantage == 0.0 for m in batch.minibatches for row in m.rows for s in row.samples), advantage
+
+
+# --- what length and a reference do ---
+
+CUT_REWARDS = [[1.0, 0.0, 0.5, 0.1], [1.0, 0.0, 0.0, 0.0]]
+
+
+def cut_groups() -> list[Group]:
+    """One group whose second and last completions were cut off, and one that was cut off altogether."""
+    reasons = (("stop", "length", "stop", "length"), ("length",) * 4)
+
+    def cut(index: int, rewards: list[float]) -> Group:
+        group = make_group(rewards, [3, 5, 2, 5], [((5, 0),)] * 4, index)
+        pairs = zip(group.completions, reasons[index], strict=True)
+        return replace(group, completions=tuple(replace(c, finish_reason=reason) for c, reason in pairs))
+
+    return [cut(index, rewards) for index, rewards in enumerate(CUT_REWARDS)]
+
+
+def long_recipe(max_tokens: int = 5, **grpo: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "rollout": {"groups_per_step": 2, "group_size": 4, "max_tokens": max_tokens},
+            "grpo": {"advantage": "group_mean"} | grpo,
+        }
+    )
+
+
+@pytest.mark.parametrize("advantage", ["group_mean", "batch_normalized"])
+def test_overlong_mask_leaves_out_cut_completions_but_keeps_their_rewards_in_the_baseline(advantage: str) -> None:
+    rewards = np.array(CUT_REWARDS)
+    if advantage == "group_mean":
+        expected = rewards - rewards.mean(1, keepdims=True)
+    else:
+        expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 0.5)
+    settings = {"advantage": advantage, "std_eps": 0.5}
+    batch = make(long_recipe(overlong="mask", **settings), cut_groups())
+    (minibatch,) = batch.minibatches
+    (row,) = minibatch.rows  # nothing is left of the second group
+    assert [s.num_tokens for s in row.samples] == [3, 2] and all(s.mask.all() for s in row.samples)
+    assert [s.advantage for s in row.samples] == pytest.approx(expected[0, [0, 2]], abs=1e-6)
+    assert (minibatch.num_tokens, minibatch.num_sequences) == (5, 8)
+    assert batch.stats["reward_mean"] == pytest.approx(rewards.mean())
+
+    (untouched,) = make(long_recipe(**settings), cut_groups()).minibatches
+    assert [[s.advantage for s in row.samples] for row in untouched.rows] == [
+        pytest.approx(values, abs=1e-6) for values in expected
+    ]
+    assert (untouched.num_tokens, untouched.num_sequences) == (30, 8)
+
+
+def soft_overlong(length: int, longest: int, buffer: int) -> float:
+    """DAPO, eq. 13, case by case."""
+    if length <= longest - buffer:
+        return 0.0
+    return ((longest - buffer) - length) / buffer if length <= longest else -1.0
+
+
+@pytest.mark.parametrize(("max_tokens", "buffer", "penalty"), [(5, 4, 1.0), (5, 4, 0.25), (5, 2, 1.0), (7, 4, 1.0)])
+def test_overlong_penalty_is_taken_off_the_rewards_before_the_advantages(
+    max_tokens: int, buffer: int, penalty: float
+) -> None:
+    """Lengths of 3, 5, 2, 5 tokens: equal rewards differ then, and it is the length that counts, not the cut."""
+    groups = [make_group(r, [3, 5, 2, 5], [((5, 0),)] * 4, i) for i, r in enumerate(([1.0, 0.0, 0.5, 1.0], [1.0] * 4))]
+    settings = long_recipe(max_tokens, overlong="penalty", overlong_buffer=buffer, overlong_penalty=penalty)
+    batch = make(settings, groups)
+    lost = [penalty * soft_overlong(length, max_tokens, buffer) for length in (3, 5, 2, 5)]
+    assert len(set(lost)) > 1
+    for row, rewards in zip(batch.minibatches[0].rows, ([1.0, 0.0, 0.5, 1.0], [1.0] * 4), strict=True):
+        shaped = [r + more for r, more in zip(rewards, lost, strict=True)]
+        expected = [r - sum(shaped) / 4 for r in shaped]
+        assert [s.advantage for s in row.samples] == pytest.approx(expected, abs=1e-6)
+    assert batch.stats["reward_mean"] == pytest.approx(6.5 / 8), "the figure is what the grader said"
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_kl_in_the_reward_is_the_estimators_sum_over_the_trained_tokens(estimator: str) -> None:
+    lengths, mask = [3, 1, 2], [1, 0, 1, 1, 1, 1]
+    group = replace(make_group([1.0, 0.0, 0.5], lengths, [((5, 0),)] * 3), mask=bytes(mask))
+    reference = [np.array(values, np.float32) for values in ([-3.0, -9.0, -4.5], [-5.0], [-4.0, -3.2])]
+
+    def add_reference(rows: list[Row]) -> list[Row]:
+        return [
+            dataclasses.replace(
+                row,
+                samples=tuple(
+                    dataclasses.replace(s, reference_logprobs=r) for s, r in zip(row.samples, reference, strict=True)
+                ),
+            )
+            for row in rows
+        ]
+
+    settings = recipe(kl_coef=0.3, kl_in="reward", kl_estimator=estimator)
+    batch = make_batch([group], settings, STEP_OF_VERSION.__getitem__, 9, add_reference)
+    differences = np.concatenate(reference).astype(float) - np.frombuffer(group.logprobs, "<f4")
+    shaped, start = [], 0
+    for reward, length in zip([1.0, 0.0, 0.5], lengths, strict=True):
+        kept = [differences[t] for t in range(start, start + length) if mask[t]]
+        shaped.append(reward - 0.3 * sum(-d if estimator == "k1" else math.exp(d) - 1 - d for d in kept))
+        start += length
+    expected = [r - sum(shaped) / 3 for r in shaped]
+    assert [s.advantage for s in batch.minibatches[0].rows[0].samples] == pytest.approx(expected, abs=1e-5)
