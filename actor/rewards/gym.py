@@ -69,7 +69,8 @@ def make_gym_grader(name: str) -> Grader:
 
     Scores: "reward" and "answer_reward" = the package's own figure, between 0 and 1 (some tasks give a little for
     a wrong answer of the right form); what it gives for merely containing the right answer is not given.
-    "format_reward" = the tag was there exactly once. The grader raises ValueError where the reference is no such JSON.
+    "format_reward" = the block was there exactly once, at the end. The grader raises ValueError where the reference is
+    no such JSON.
     """
     score = load_scorer(name)
 
@@ -85,11 +86,17 @@ def make_gym_grader(name: str) -> Grader:
 
 
 def find_answer_block(response: str) -> str | None:
-    """What stands between `<answer>` and `</answer>`, where each is there exactly once; None for a blank."""
+    """What stands between `<answer>` and `</answer>`, where each is there exactly once; None for a blank.
+
+    Thoughts may stand before the block, but `<think>` must be closed there; nothing may stand after it.
+    """
     if response.count("<answer>") != 1 or response.count("</answer>") != 1:
         return None
-    answer, closed, _ = response.partition("<answer>")[2].partition("</answer>")
-    return answer.strip() or None if closed else None
+    thoughts, _, rest = response.partition("<answer>")
+    answer, closed, after = rest.partition("</answer>")
+    if not closed or after.strip() or "<think>" in thoughts.rpartition("</think>")[2]:
+        return None
+    return answer.strip() or None
 
 
 def find_answer(response: str, expected: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from actor.rewards.base import Scores, make_scores
+from actor.rewards.text import has_numeral, is_changed, is_doubted
 
 # Possessive quantifiers (++, *+) never backtrack, so a megabyte of digits or blanks costs one pass.
 _INTEGER = r"[-−]?(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9,])|[0-9]++(?!,[0-9]))"
@@ -13,10 +14,9 @@ _VERDICT = r"(?:=|is\b|are\b|equals\b|makes\b)"
 _RESTATEMENT = re.compile(rf"{_INTEGER}(?:\s*+{_OPERATOR}\s*+{_INTEGER})++\s*+{_VERDICT}\s*+", re.IGNORECASE)
 _WHOLE_INTEGER = re.compile(_INTEGER)
 
-_HEDGES = {"or", "nor", "and", "not", "than", "minus", "plus", "times", "negative"}
+_HEDGES = {"or", "and", "either", "than", "about", "around", "approximately", "roughly", "almost", "nearly"}
 _HEDGES |= {"\\pm", "\\mp", "\\ne", "\\neq"}
-_HEDGES |= {"about", "around", "approximately", "roughly", "maybe", "perhaps"}
-"""Words that take back, or change, the integer that they stand before."""
+"""What leaves open, or changes, the integer that it stands directly before. `is_doubted`, `is_changed`: the rest."""
 _SIGNS_BEFORE_ANSWER = frozenset({"", "=", ":", "$", ",", "####"})
 
 
@@ -25,8 +25,8 @@ def grade_integer(response: str, answer: str) -> Scores:
 
     The last line must read `[words] [restatement] integer [.]`:
 
-    - words hold no digit or other numeral, and end in no hedge ("6 or 7", "not 7", "minus 7") and no sign other than
-      `= : $ , ####`;
+    - words hold no digit or other numeral, and end in no sign other than `= : $ , ####`, in no hedge ("6 or 7") and
+      in nothing that denies, doubts or changes the integer ("not equal to 7", "I doubt it is 7", "half of 7");
     - a restatement is an expression of integers that ends in = or is/are/equals/makes: "3 + 4 =", "3 plus 4 equals",
       "the sum of 3 and 4 is". It is read, not checked: only the integer after it counts;
     - the integer is written in ASCII digits, with or without correct thousands commas and an attached minus sign.
@@ -57,7 +57,7 @@ def _committed_integer(response: str) -> str | None:
         return None
     lead, value = parsed
     if not lead:
-        return None if any(_has_numeral(line) for line in reasoning) else value
+        return None if any(has_numeral(line) for line in reasoning) else value
     for line in reasoning:
         earlier = _split_answer_line(line)
         if earlier and earlier[0] == lead and earlier[1] != value:
@@ -85,7 +85,8 @@ def _is_lead(lead: str) -> bool:
         words, restatement = lead[: first.start()], lead[first.start() :]
         adjoined = words[-1:].isalnum() or words[-1:] in (".", "_")
         separated = restatement[-1] == "=" or restatement[-1].isspace()
-        return bool(_RESTATEMENT.fullmatch(restatement)) and separated and not adjoined and not _has_numeral(words)
+        plain = not adjoined and not has_numeral(words) and not is_doubted(words)
+        return bool(_RESTATEMENT.fullmatch(restatement)) and separated and plain
     words = lead.rstrip()
     stem = words.rstrip("=:$,#<>!~≈≠≤≥±+-−*/×÷.·°%&^_|\\'\"`()[]{}")
     if words[len(stem) :] not in _SIGNS_BEFORE_ANSWER:
@@ -93,7 +94,9 @@ def _is_lead(lead: str) -> bool:
     if lead and lead == stem:  # a letter stands directly before the integer, as in "x7"
         return False
     last_word = stem.rstrip(" \t,:").rsplit(None, 1)[-1:] or [""]
-    return last_word[0].casefold().strip("(\"'*") not in _HEDGES and not _has_numeral(words)
+    if last_word[0].casefold().strip("(\"'*") in _HEDGES or has_numeral(words):
+        return False
+    return not is_doubted(words) and not is_changed(words)
 
 
 def _canonical(text: str) -> str | None:
@@ -118,8 +121,3 @@ def _last_integer(text: str) -> str | None:
     lead = upto.rstrip("0123456789,")
     sign = "-" if lead.endswith(("-", "−")) else ""
     return _canonical(sign + upto[len(lead) :].lstrip(","))
-
-
-def _has_numeral(text: str) -> bool:
-    """Digits of any script, fractions and superscripts included."""
-    return any(character.isnumeric() for character in text)

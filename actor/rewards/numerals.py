@@ -9,10 +9,23 @@ the number at the end of a free text. Both know only text; which is used when is
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
-from actor.rewards.text import HEDGES, cut_tail, has_hedge, has_numeral, only_joins, words_of
+from actor.rewards.shapes import SYMBOL
+from actor.rewards.text import (
+    HEDGES,
+    changes_number,
+    cut_tail,
+    has_hedge,
+    has_numeral,
+    is_changed,
+    is_doubt,
+    is_doubted,
+    only_joins,
+    words_of,
+)
 
 MAX_CHARS = 400
 """Longer texts are no quantity."""
@@ -27,8 +40,12 @@ _POWER = r"10(?:\^|\*\*)(?:\{(?P<pa>[-+]?[0-9]{1,3})\}|(?P<pb>[-+]?[0-9]{1,3})(?
 _NUMBER = re.compile(
     rf"(?:(?P<whole>[0-9]++)(?:[ ]*+(?={_FRAC.replace('?P<', '?P<look_')})|[ ]++(?=[0-9]++/)))?+"
     rf"(?:{_FRAC}"
+    r"|(?P<ra>[0-9]*+\.[0-9]*+)\\(?:overline|bar)\{(?P<rb>[0-9]++)\}"
     r"|(?P<na>[0-9]++)/(?P<nb>[0-9]++)"
     rf"|(?P<decimal>{_DECIMAL})(?:[ ]*+(?:\\times|×|\*|x)[ ]*+{_POWER})?+)"
+)
+_SQUARED_UNIT = re.compile(
+    r"([0-9][ -]?(?:\\(?:text|mathrm)\{[ ]?[a-z]++\}|cm|mm|km|m|ft|in|yd|mi|[a-z]{4,20}+))\^\{?([23])\}?(?![0-9])"
 )
 _TOKEN = re.compile(r"\\frac\{-?[0-9]++\}\{[0-9]++\}|\.?[0-9][0-9,./]*+")
 
@@ -38,31 +55,41 @@ _SPELLED = {
 }  # fmt: skip
 _COMMANDS = re.compile(r"\\\\|\\[!,;: $%]|\\(?:[dtc]frac|cdot|degree)(?![A-Za-z])")
 _SIZES = re.compile(r"\\(?:left|right)(?![A-Za-z])")
-_SYMBOL = re.compile(r"(?:[A-Za-z]|\\[a-z]+)(?:_(?:\w|\{\w+\}))?(?:\([A-Za-z]\))?")
+_SYMBOL = re.compile(SYMBOL)
 _RESTATED = re.compile(rf"-?\(?{_DECIMAL}\)?(?: ?(?:[-+*/×÷]|\\times|\\div) ?-?\(?{_DECIMAL}\)?)++")
 _VERDICT = re.compile(r"(?:.*\b(?:is|are|was|be|equals|makes)\b[ ]*:?|.*:|.*#{4})[ ]*", re.IGNORECASE)
+UNWRAP = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox)\s?\{([^{}]*)\}")
+"""Words in LaTeX; group 1: without what marks them as such."""
 _TEXT_UNIT = re.compile(r"\\(?:text|mathrm|textrm|mbox|rm)\{([^{}]*)\}(\^\{?[23]\}?)?")
 _WORD_UNIT = re.compile(r"([A-Za-z]+(?:[ /-][A-Za-z]+){0,3})(\^\{?[23]\}?|[²³])?")
+_UNIT_AT_END = re.compile(
+    r"(.*\S)(\s*\\(?:text|mathrm|textrm|mbox|rm)\{[^{}]*\}(?:\^\{?[23]\}?)?"
+    r"|(?<=[0-9})])\s*([A-Za-z]++)(?:[ /-][A-Za-z]++){0,3}(?:\^\{?[23]\}?)?)",
+    re.DOTALL,
+)
+_BASED = re.compile(r"([0-9A-F]++)_\{?([0-9]{1,2})\}?")
 _GLUED_UNITS = {"cm", "mm", "km", "kg", "mg", "ml", "lb", "lbs", "oz", "ft", "mi", "mph", "hr", "hrs", "min", "sec"}
 _GLUED_UNITS |= {"st", "nd", "rd", "th"}
+_SHORT_UNITS = {unit for unit in _GLUED_UNITS if len(unit) == 2}
+_SHORT_UNITS |= {"in", "yd", "am", "pm", "dm", "cl", "dl", "cc", "ha", "gb", "mb", "kb", "hz", "rs"}
 _SAME_UNIT = {"$": "$", "dollar": "$", "usd": "$", "percent": "%", "degree": "°", "°": "°", "%": "%"}
+_SAME_UNIT |= {
+    "meter": "m", "metre": "m", "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "kilometer": "km",
+    "kilometre": "km", "foot": "ft", "feet": "ft", "inch": "in", "inche": "in", "mile": "mi", "yard": "yd", "gram": "g",
+    "kilogram": "kg", "pound": "lb", "lbs": "lb", "ounce": "oz", "liter": "l", "litre": "l", "hour": "hr", "hrs": "hr",
+    "minute": "min", "second": "sec",
+}  # fmt: skip
+"""In small letters and the singular, as far as an "s" at the end makes the plural."""
 _ORDINALS = {"st", "nd", "rd", "th"}
 _NOT_UNITS = HEDGES | {
-    "and", "is", "are", "was", "be", "isn't", "but", "if", "then", "than", "to", "so", "wrong", "incorrect", "false",
-    "more", "less", "fewer", "minus", "plus", "times", "over", "squared", "cubed", "factorial", "choose", "mod", "base",
-    "hundred", "hundreds", "thousand", "thousands", "million", "millions", "billion", "billions", "trillion", "dozen",
-    "dozens", "score", "tenth", "tenths", "hundredth", "hundredths", "thousandths", "half", "halves", "third", "thirds",
-    "quarter", "quarters", "fourths", "fifths", "point", "remainder", "pi", "sqrt", "root", "log", "sin", "cos", "tan",
-    "equals", "makes", "modulo", "negative", "positive", "power",
+    "and", "is", "are", "was", "be", "but", "if", "then", "than", "to", "so", "more", "less", "fewer", "choose", "mod",
+    "modulo", "base", "score", "remainder", "pi", "equals", "makes", "positive", "power", "ish", "odd", "fold",
 }  # fmt: skip
-"""Words after a number that change it, take it back, or begin another answer."""
+"""Words after a number that take it back, or begin another answer, besides those that change it."""
 _GO_ON = {"is", "are", "was", "be", "so", "but", "if", "then", "to", "more", "less", "fewer"}
 """Those of them with which a sentence may go on after the number at the end of a free text."""
-_WORDS_BEFORE = HEDGES | {
-    "no", "never", "and", "than", "minus", "plus", "times", "negative", "point", "over", "half", "twice", "double",
-    "to", "by",
-}  # fmt: skip
-"""Words directly before a number that change it or set it beside another."""
+_WORDS_BEFORE = HEDGES | {"and", "than", "to", "by"}
+"""Words directly before a number that take it back or set it beside another, besides those that change it."""
 _OPENERS = frozenset("#:=(*\"'`[→≈~>" + _CURRENCY)
 """Signs that may touch a number's first digit in a free text. `>` only in an arrow."""
 _ARROWS = ("->", "=>", ">>", "<answer>", "</think>")
@@ -137,7 +164,8 @@ def read_quantity(text: str) -> Quantity | None:
     if len(text) > MAX_CHARS:
         return None
     text = strip_marks(normalize_latex(strip_marks(text)))
-    lead, body = _split_lead(text)
+    wrapped = UNWRAP.fullmatch(text)
+    lead, body = _split_lead(wrapped[1].strip() if wrapped else text)
     name = _read_lead(lead)
     if name is None:
         return None
@@ -185,6 +213,25 @@ def _read_lead(lead: str) -> str | None:
     return "" if words_of(body) or body in ("####", "=", ":") else None
 
 
+def split_unit(text: str) -> tuple[str, str | None]:
+    """(a term in LaTeX without its unit, the unit), which is "" where there is none, None for text that is none.
+
+    A unit stands in `\\text{}`, or is a usual abbreviation or a word of four letters: `r` and `ab` are factors. The
+    base of a numeral (`11_6`) counts as one.
+    """
+    numeral = _BASED.fullmatch(text)
+    if numeral:
+        return numeral[1], f"_{numeral[2]}"
+    found = _UNIT_AT_END.fullmatch(text)
+    if found is None:
+        return text, ""
+    if found[3] is None:
+        return found[1], _read_unit(found[2])
+    known = found[3] in _GLUED_UNITS or (len(found[3]) > 3 and found[2] != found[2].lstrip())
+    unit = _read_unit(found[2]) if known else None
+    return (found[1], unit) if unit else (text, "")
+
+
 def _read_unit(text: str) -> str | None:
     """The unit's one spelling, "" where there is none, None for what changes or follows up the number."""
     glued = bool(text) and not text[0].isspace()
@@ -198,9 +245,10 @@ def _read_unit(text: str) -> str | None:
     if found is None:
         return None
     words = words_of(found[1])
-    if set(words) & _NOT_UNITS or has_hedge(found[1]):
+    if any(word in _NOT_UNITS or is_doubt(word) or changes_number(word) for word in words):
         return None
-    if not inside and (len(words[0]) < 2 or len(words[-1]) < 2 or (glued and found[1].casefold() not in _GLUED_UNITS)):
+    are_units = all(len(word) > 2 or word in _SHORT_UNITS for word in (words[0], words[-1]))  # "ab" is a product
+    if not inside and (not are_units or (glued and found[1].casefold() not in _GLUED_UNITS)):
         return None
     if found[1].casefold() in _ORDINALS:
         return ""
@@ -222,6 +270,10 @@ def _value(match: re.Match[str]) -> Fraction | None:
                 return None
             value *= Fraction(10) ** int(power)
         return value
+    if match["rb"] is not None:
+        period = match["rb"]
+        decimals = len(match["ra"].partition(".")[2])
+        return Fraction("0" + match["ra"].rstrip(".")) + Fraction(int(period), (10 ** len(period) - 1) * 10**decimals)
     above = match["fa"] or match["fc"] or match["na"]
     below = match["fb"] or match["fd"] or match["nb"]
     if not int(below):
@@ -238,14 +290,15 @@ def _value(match: re.Match[str]) -> Fraction | None:
 def find_last_number(text: str) -> Fraction | None:
     """The last number of a text, if the text commits to it: None where there is none, and where the last one
 
-    - is a member of a list of candidates ("18, 19", "18 or 19", "17\\n18"), or taken back ("not 18", "18 is wrong");
+    - is a member of a list of candidates ("18, 19", "18 or 19", "17\\n18");
+    - is taken back ("it can't be 18", "18 is wrong");
     - is a piece of an expression or of a word ("9**9", "10 - 18", "2^18", "x18", "18x", "18:30");
-    - is compared ("< 18", "≠ 18") or counts something else than ones ("18 million");
+    - is compared ("< 18", "≠ 18"), changed ("half of 18") or counts something else than ones ("18 million");
     - is malformed ("1,2", "1.2.3", "1/0").
 
-    A sign must touch its number, a currency sign, percent sign or unit is left out.
+    A sign must touch its number or its brackets, a currency sign, percent sign or unit is left out.
     """
-    text = normalize_latex(cut_tail(text))
+    text = _SQUARED_UNIT.sub(r"\1", normalize_latex(cut_tail(text)))
     before, last = None, None
     for match in _TOKEN.finditer(text):
         before, last = last, match
@@ -321,20 +374,30 @@ def _sign_before(before: str) -> bool | None:
         return None
     if stem.endswith(("<", "!=", "<=", ">=", "≠", "±", "∓", "^", "\\ge", "\\geq", "\\lt", "\\gt", "\\approx\\")):
         return None
-    if stem.endswith("(") and re.search(r"[A-Za-z0-9]\($", stem):
-        return None  # a function's argument, or a factor
+    if stem.endswith("("):  # a function's argument, a factor, or what a sign before the bracket changes
+        outer = _sign_before(stem[:-1])
+        return None if outer is None else negative != outer
     if stem.endswith(">") and not stem.endswith(_ARROWS):
         return None
     last_line = stem.rpartition("\n")[2]
     words = words_of(re.split(r"[.=:#]", last_line)[-1])
-    if words and (words[-1] in _WORDS_BEFORE or words[-1].endswith("n't")):
+    if (words and words[-1] in _WORDS_BEFORE) or is_doubted(last_line) or is_changed(last_line):
         return None
+    if re.search(r"[0-9%][ ]*(?:out )?of(?: the)?$", last_line):
+        return None  # "half of 18" in digits
     return negative
 
 
 def _may_follow(after: str) -> bool:
     """Whether the text after the number lets it stand as it is."""
+    closed = after.lstrip(")")
+    if closed[:1] in ("^", "_", "!") and closed != after:
+        return False
+    after = closed
     head = after[:1]
+    marked = after.lstrip("}]*$\"'` ")[:1]
+    if marked and (marked.isnumeric() or unicodedata.decomposition(marked).startswith(("<super>", "<sub>"))):
+        return False
     if head and (head.isnumeric() or head in "^_?/+×÷(!{["):
         return False
     if head == "\\" and not after.startswith(("\\)", "\\]", "\\text", "\\mathrm", "\\\\", "\\n")):
@@ -346,13 +409,17 @@ def _may_follow(after: str) -> bool:
         return False
     line = after.partition("\n")[0]
     sentence = re.split(r"(?<=[.;!])\s", line)[0]
-    if re.match(r"[ ]*(?:[-+*/×÷^<>=≠≤≥|]|\\(?:times|div|pm|cdot|sqrt|pi|frac))(?!\*)", after) and not after.startswith(
-        ("**", "</answer>", "</think>")
-    ):
-        return False
     words = words_of(sentence)
-    if words and words[0] in _NOT_UNITS - _GO_ON:
+    hyphenated = re.match(r"-[A-Za-z]+(?![A-Za-z(^_])", after)  # "an 18-dollar bill", no difference
+    if hyphenated and (len(words[0]) > 2 or words[0] in _GLUED_UNITS):
+        if words[0] in _NOT_UNITS:
+            return False
+    elif re.match(
+        r"[ ]*(?:[-+*/×÷^<>=≠≤≥|]|[kx](?![A-Za-z])|\\(?:times|div|pm|cdot|sqrt|pi|frac))(?!\*)", after
+    ) and not after.startswith(("**", "</answer>", "</think>")):
+        return False
+    if words and (words[0] in _NOT_UNITS - _GO_ON or changes_number(words[0]) or is_doubt(words[0])):
         return False
     if re.match(r"[ ]*\?", sentence) or sentence.rstrip().endswith("?"):
         return False
-    return not any(word in ("or", "nor", "not", "wrong", "incorrect") or word.endswith("n't") for word in words[:4])
+    return not any(word == "or" or (is_doubt(word) and word != "no") for word in words[:4])

@@ -7,18 +7,51 @@ from typing import NamedTuple
 
 MAX_TAIL_CHARS = 100_000
 """Of a longer response only the end is searched for a box or a number."""
+MAX_LEAD_CHARS = 200
+"""Of what is said before a number only the end is searched for words that take it back."""
 
 _BOX = re.compile(r"\\(?:boxed|fbox)[ \t]*+\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
+_CLAUSE_END = re.compile(r"[.,;!?#\n]")
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?+")
 _JOINTS = frozenset({"or", "and", "nor", "not", "either", "maybe", "perhaps", "possibly", "then", "also", "to"})
 """Words between the members of a list of candidates."""
 
-HEDGES = frozenset(
-    {"or", "nor", "not", "either", "neither", "maybe", "perhaps", "possibly", "between", "cannot", "unless", "except"}
+DOUBTS = frozenset(
+    {"not", "no", "never", "nor", "neither", "cannot", "doubt", "doubts", "doubted", "doubtful", "wrong", "wrongly"}
+    | {"incorrect", "incorrectly", "false", "falsely", "untrue", "mistaken", "mistakenly", "unlikely", "impossible"}
+    | {"hardly", "scarcely", "barely", "unsure", "uncertain", "maybe", "perhaps", "possibly"}
 )
+"""Words that deny what they are said of, or leave it open. So do those that end in n't."""
+HEDGES = DOUBTS | {"or", "either", "between", "unless", "except"}
 """Words that take an answer back or set another one beside it."""
+_NOT = re.compile(r".*n't|(?:are|ca|could|did|do|does|had|has|have|is|should|was|were|wo|would)nt")
+_FILLERS = frozenset(
+    {"a", "an", "the", "it", "it's", "that", "that's", "this", "he", "she", "they", "there", "i", "we", "you", "my"}
+    | {"be", "been", "is", "are", "was", "were", "have", "has", "had", "can", "could", "may", "might", "must", "shall"}
+    | {"should", "will", "would", "equal", "equals", "to", "as", "of", "if", "whether", "think", "believe", "say"}
+    | {"sure", "answer", "result", "number", "total", "sum", "value", "solution", "case", "way", "final", "correct"}
+    | {"right", "true", "exactly", "really", "actually", "definitely", "quite", "simply", "just", "longer", "possible"}
+)
+"""Words across which a doubt reaches the number: "I doubt that it is 18", and not "who do not like pizza: 18"."""
+
+_CHANGERS = frozenset(
+    {"minus", "plus", "times", "negative", "point", "over", "root", "sqrt", "log", "ln", "sin", "cos", "tan"}
+    | {"factorial", "twice", "thrice"}
+)
+_SCALE = re.compile(
+    r"(?:hal(?:f|ves)|quarter|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth"
+    r"|(?:ten|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)tie)(?=th|s)"
+    r"|hundred|thousand|lakh|lac|crore|\w*illion|\w*illiard|bn|mn|dozen|gross|grand|myriad)(?:th)?s?"
+)
+_SCALED = re.compile(r"(?:doubl|tripl|quadrupl|halv|squar|cub|multipli|divid|negat|invert)ed")
+_DETERMINERS = frozenset({"the", "all", "these", "those", "that", "this", "his", "her", "its", "their"})
+_CHANGERS_BEFORE = frozenset(
+    {"double", "triple", "quadruple", "square", "cube", "reciprocal", "inverse", "opposite", "multiple", "fraction"}
+    | {"part", "share", "percent"}
+)
+"""Words that make another number of the one after them ("double 18", "a share of 18"), besides `changes_number`."""
 
 
 class Box(NamedTuple):
@@ -96,7 +129,34 @@ def words_of(text: str) -> list[str]:
 
 def has_hedge(text: str) -> bool:
     """Whether a word takes something back or offers a choice: "or", "not", "isn't"."""
-    return any(word in HEDGES or word.endswith("n't") for word in words_of(text))
+    return any(word in HEDGES or _NOT.fullmatch(word) for word in words_of(text))
+
+
+def is_doubt(word: str) -> bool:
+    """Whether a word of `words_of` denies, or leaves open, what it is said of."""
+    return word in DOUBTS or _NOT.fullmatch(word) is not None
+
+
+def changes_number(word: str) -> bool:
+    """Whether a word of `words_of` beside a number makes another one of it: "minus", "half", "quadrillion"."""
+    return word in _CHANGERS or _SCALE.fullmatch(word) is not None or _SCALED.fullmatch(word) is not None
+
+
+def is_doubted(lead: str) -> bool:
+    """Whether what is said before a number denies or doubts it: "it can't be", "I doubt that it is", "wrong:"."""
+    words = words_of(_CLAUSE_END.split(lead[-MAX_LEAD_CHARS:].rstrip(" \t,:"))[-1])
+    said = next((word for word in reversed(words) if word not in _FILLERS), "")
+    return is_doubt(said)
+
+
+def is_changed(lead: str) -> bool:
+    """Whether what is said before a number makes another one of it: "minus", "half of the"."""
+    words = words_of(re.split("[=:]", lead[-MAX_LEAD_CHARS:])[-1])
+    if words and words[-1] in _DETERMINERS:
+        words.pop()
+    if words and words[-1] == "of":
+        words.pop()
+    return bool(words) and (words[-1] in _CHANGERS_BEFORE or changes_number(words[-1]))
 
 
 def has_numeral(text: str) -> bool:

@@ -45,6 +45,7 @@ def test_no_box_where_it_is_broken_or_lists_candidates(text):
     ("content", "answer"),
     [("7", "7"), ("\\frac{3}{4}", "0.75"), ("2\\sqrt{2}", "\\sqrt{8}"), ("(x+1)^2", "x^2 + 2x + 1"), ("5", "x = 5"),
      ("\\text{Evelyn}", "Evelyn"), ("(1, 2)", "\\left(1,2\\right)"), ("2, 1", "1, 2"), ("1{,}000", "1000"),
+     ("[0.5,3)", "[\\frac12,3)"), ("\\text{18}", "18"), ("0.\\overline{3}", "\\frac13"), ("\\pm 2", "2,-2"),
      ("\\dfrac{1}{2}", "so it is $\\boxed{\\frac12}$"), ("90^\\circ", "90"), ("\\$5", "5"), ("5\\text{ cm}^2", "5")],
 )  # fmt: skip
 def test_math_accepts_equal_answers(content, answer):

@@ -67,7 +67,7 @@ def test_a_list_with_the_right_answer_in_it_is_not_rewarded(name):
     "response",
     ["7", " 7\n", "7.", "7.0", "+7", "3 + 4 = 7", "3+4=7", "The answer is 7.", "Answer: 7", "x = 7", "answer = 7",
      "Sure!\n7", "3 and 4 make it\nThe answer is 7", "I take 3 and 4:\n3 + 4 = 7", "<answer>7</answer>",
-     "6? no. <answer>7</answer> good"],
+     "6? no. <answer>7</answer> \n", "<think>6?</think> no. <answer>7</answer>", "6?</think><answer>7</answer>"],
 )  # fmt: skip
 def test_short_responses_of_small_models_are_read(response):
     assert grade("chain_sum", response, SUM)["reward"] == 1.0
@@ -78,6 +78,8 @@ def test_short_responses_of_small_models_are_read(response):
     ["", " ", "6\n7", "7\n7 8", "6 7", "6 or 7", "7 or 6", "6, 7", "6 = 7", "not 7", "The answer is 6\nThe answer is 7",
      "3 + 4\n7", "<answer>6</answer><answer>7</answer>", "<answer>7", "7</answer>", "<answer></answer>7",
      "</answer>7<answer>", "<answer><answer>7</answer></answer>", "seven", "٧", "7\x00", "nan", "1 2 3 4 5 6 7 8 9",
+     "<answer>7</answer> no wait 8", "<answer>7</answer> good", "<answer>7</answer>.", "<think><answer>7</answer>",
+     "<think>6</think><think><answer>7</answer>", "<think><answer>7</answer></think>",
      "<answer>1 2 3 4 5 6 7 8 9</answer>", "7\n" * 5000 + "8", "<answer>7</answer>" * 5000,
      "7 " * 500_000, "-7", "--7"],
 )  # fmt: skip
@@ -95,7 +97,8 @@ def test_answer_without_tags_is_read_in_this_order():
 
 def test_format_is_the_tag_exactly_once():
     assert grade("chain_sum", "<answer>8</answer>", SUM) == {"reward": 0.0, "format_reward": 1.0, "answer_reward": 0.0}
-    assert grade("chain_sum", "8", SUM)["format_reward"] == 0.0
+    for response in ("8", "<answer>7</answer> no wait 8", "<think><answer>7</answer>"):
+        assert grade("chain_sum", response, SUM)["format_reward"] == 0.0
 
 
 @pytest.mark.parametrize("reference", ["", "7", "[]", "{}", '{"question": "", "answer": "7"}', "{" * 10_000])

@@ -7,6 +7,7 @@ import pytest
 
 from actor.grading import GraderPool
 from actor.rewards import GRADERS, SCORE_NAMES, find_grader
+from actor.rewards.equality import answers_equal
 
 MEGABYTE = 10**6
 TEXTS = {
@@ -46,6 +47,13 @@ TEXTS = {
     "both": "18 or 19",
     "both, the right one last": "19 or 18",
     "sign": "-18",
+    "sign before brackets": "-(" * (MEGABYTE // 2) + "18",
+    "brackets": "(" * MEGABYTE + "-18",
+    "fillers": "I doubt that " + "the " * (MEGABYTE // 4) + "answer is 17",
+    "denials": "n't " * (MEGABYTE // 4) + "18",
+    "one word": "doub" + "t" * MEGABYTE + " 17",
+    "unit": "18-" + "a" * MEGABYTE,
+    "squared units": "17 cm^2 " * (MEGABYTE // 8),
     "signs": "--18",
     "double": "\\pm 18",
     "zero": "\\frac{18}{0}",
@@ -70,6 +78,29 @@ def test_no_grader_is_slowed_down_or_taken_in(grader, text):
         assert set(scores) == set(SCORE_NAMES)
         assert scores["reward"] == 0.0
         assert all(value in (0.0, 1.0) for value in scores.values())
+
+
+LONG = {
+    "list": ("a;" * 150, "b;" * 150),
+    "roots": (",".join(f"\\sqrt{{{i}}}" for i in range(2, 40)), ",".join(f"{i}^{{1/2}}" for i in range(40, 2, -1))),
+    "signs": ("\\pm," * 75, "\\pm2," * 50),
+    "brackets": ("(" * 19 + "1,2" + ")" * 19, "(" * 19 + "1,3" + ")" * 19),
+    "openings": ("\\{(" * 75, "\\{1,2\\}"),
+    "unions": ("\\cup" * 75, "(1,2)\\cup(3,4)"),
+    "relations": ("x<" * 150, "x<\\pi"),
+    "limit": ("1" * 298 + "<", "x>2"),
+    "names": ("(" + "x," * 148 + "x", "(x,y)=(1,2)"),
+    "unit": ("3" + "a" * 290, "\\sqrt{2} cm"),
+    "subscripts": ("x_{" * 100, "x_1"),
+}
+
+
+@pytest.mark.parametrize(("found", "reference"), LONG.values(), ids=LONG)
+def test_long_answers_are_taken_apart_in_time(found, reference):
+    for one, other in ((found, reference), (reference, found)):
+        began = time.monotonic()
+        assert not answers_equal(one, other)
+        assert time.monotonic() - began < LIMIT_S
 
 
 async def test_mathematics_that_does_not_end_costs_the_sample_alone():

@@ -37,6 +37,8 @@ def test_r1_zero_accepts_the_form_with_the_right_answer(response):
                "6 = 7",
                "7\\%7", "\\boxed{6} or \\boxed{7}", "\\boxed{6}\\boxed{7}", "6 \\boxed{7}", "not \\boxed{7}",
                "\\boxed{7",
+               "I doubt it is 7", "wrong: 7", "Wrong answer: 7", "never: 7", "It is unlikely to be 7", "7⁻¹", "-(7)",
+               "7 quadrillion", "7 lakh", "7 gross", "7 doubled", "7 apples halved", "7 trillionths", "7 ab",
                "7 is wrong", "nan", "9**9**9", "٧", "7\x00", "7²", "7x", "--7", "\\pm 7", "<b>7</b>"]
 )  # fmt: skip
 def test_r1_zero_gives_the_form_alone_for_a_wrong_or_hedged_answer(answer):

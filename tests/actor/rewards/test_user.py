@@ -1,6 +1,8 @@
 """User functions: imported for the one who starts an actor, never for a ticket."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ from actor.grading import GraderPool, check_user_functions
 from actor.rewards import load_user_functions
 
 PATIENT_S = 60.0
+DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "graders.md"
 MODULE = """
 import pathlib
 pathlib.Path(__file__).with_suffix(".imported").touch()
@@ -82,3 +85,24 @@ async def test_fault_of_a_user_function_is_said_at_the_start(directory, function
 
 def test_sound_user_function_passes_the_check(directory):
     check_user_functions(["users_graders:style"], str(directory))
+
+
+async def test_complete_example_of_the_document_grades_as_it_says(tmp_path):
+    section = DOCUMENT.read_text("utf-8").partition("## A function of your own")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (named,) = re.findall(r"file,\n`(\w+)\.py`:", section)
+    functions = set(re.findall(rf"{named}:\w+", section))
+    assert functions == {"my_graders:short_and_right"}
+    # Under a name of this test alone: the grading process would take an installed my_graders first.
+    (tmp_path / "users_example.py").write_text(code, "utf-8")
+    function = "users_example:short_and_right"
+    check_user_functions([function], str(tmp_path))
+    async with GraderPool(1, PATIENT_S, user_functions=[function], user_path=str(tmp_path)) as pool:
+        expected = {"reward": 1.0, "format_reward": 1.0, "answer_reward": 1.0}
+        assert await pool.grade(function, "I think.\n 7 ", "7") == (expected, "")
+        expected = {"reward": 0.5, "format_reward": 0.0, "answer_reward": 1.0}
+        assert await pool.grade(function, "I think. " * 30 + "\n7", "7") == (expected, "")
+        expected = {"reward": 0.0, "format_reward": 1.0, "answer_reward": 0.0}
+        assert await pool.grade(function, "", "7") == (expected, "")
+        scores, error = await pool.grade(f"{function}.answer_reward - 0.1*length:500", "7" * 50, "7" * 50)
+        assert (scores["reward"], error) == (pytest.approx(0.99), "")
