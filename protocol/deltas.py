@@ -68,7 +68,7 @@ def apply(encoding: str, payload: memoryview, target: memoryview, itemsize: int)
     elif encoding == "zstd":
         planes, rest = _unpack(payload, itemsize, len(bits))
         _end(rest)
-        bits[:] = _join(planes, bits.dtype)
+        bits[:] = _join(planes, bits.dtype, len(bits))
     elif encoding == "delta":
         _apply_delta(payload, bits)
     else:
@@ -208,8 +208,9 @@ def _used(planes: list[np.ndarray]) -> list[np.ndarray]:
     return planes[: max((place + 1 for place, plane in enumerate(planes) if plane.any()), default=0)]
 
 
-def _join(planes: Sequence[np.ndarray], dtype: np.dtype, count: int | None = None) -> np.ndarray:
-    table = np.zeros((len(planes[0]) if count is None else count, dtype.itemsize), np.uint8)
+def _join(planes: Sequence[np.ndarray], dtype: np.dtype, count: int) -> np.ndarray:
+    """[count] integers of `dtype` from their planes; those that are missing are zero."""
+    table = np.zeros((count, dtype.itemsize), np.uint8)
     for place, plane in enumerate(planes):
         table[:, place] = plane
     return table.reshape(-1).view(dtype)

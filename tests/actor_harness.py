@@ -16,7 +16,7 @@ import zmq
 from actor.fake_engine import FakeEngine
 from actor.loop import ActorLoop
 from protocol import codec
-from protocol.messages import Beat, Completion, Goodbye, Group, Heartbeat, Hello, Message, Ticket, TicketId
+from protocol.messages import Beat, Goodbye, Group, Heartbeat, Hello, Message, Ticket, TicketId
 from protocol.sockets import peer_id
 from tests.intake_harness import Intake
 
@@ -40,6 +40,13 @@ def train(intake: Intake, to_step: int) -> list[list[Group]]:
         batches.append(intake.source.take(DEADLINE_S))
         intake.source.commit(step + 1, intake.publish(step + 1))
     return batches
+
+
+def begin(intake: Intake) -> None:
+    """Announce the first version, and let training begin when an actor serves it."""
+    intake.publish(0)
+    intake.source.wait_for_actor(1, DEADLINE_S)
+    intake.source.resume_training()
 
 
 def indices(batches: list[list[Group]]) -> list[int]:
@@ -164,12 +171,3 @@ class Puppet:
         self.beat(held, unacked)
         self.next(Beat, 2)
         return self.received[before:]
-
-
-def group_of(ticket: Ticket, actor: str = "actor-9", version: int = 1) -> Group:
-    """A group that fits a ticket: one token a completion."""
-    completion = Completion(1, ((version, 0),), "stop", {"reward": 1.0})
-    return Group(
-        id=ticket.id, kind=ticket.kind, attempt=ticket.attempt, actor=actor, prompt_ids=ticket.prompt_ids,
-        temperature=1.0, completions=(completion, completion), token_ids=bytes(8), logprobs=bytes(8), mask=b"\1\1",
-    )  # fmt: skip

@@ -127,10 +127,10 @@ def make_dispatcher(
     return dispatcher
 
 
-def make_group(ticket: Ticket, version: int = 1) -> Group:
+def group_of(ticket: Ticket, actor: str = "actor-9", version: int = 1) -> Group:
+    """A group that fits a ticket: one token a completion."""
     completion = Completion(1, ((version, 0),), "stop", {"reward": 1.0})
     return Group(
-        id=ticket.id, kind=ticket.kind, attempt=ticket.attempt, actor="a", prompt_ids=ticket.prompt_ids,
-        temperature=1.0,
-        completions=(completion,), token_ids=b"\0\0\0\0", logprobs=b"\0\0\0\0", mask=b"\1",
+        id=ticket.id, kind=ticket.kind, attempt=ticket.attempt, actor=actor, prompt_ids=ticket.prompt_ids,
+        temperature=1.0, completions=(completion, completion), token_ids=bytes(8), logprobs=bytes(8), mask=b"\1\1",
     )  # fmt: skip

@@ -224,17 +224,23 @@ def test_ctrl_c_twice_leaves_a_run_that_can_go_on(recipe: Path, tmp_path: Path) 
         assert left_behind(run, command.process.pid) == []
 
 
+def hung_up_at_step_six(recipe: Path, run: RunDir, terminal: Terminal, override: str, within_s: float) -> int:
+    """Exit code of a training run whose terminal is closed; nothing is left of it."""
+    arguments = ["train", str(recipe), "--runs", str(run.path.parent), "--set", override]
+    with Command(arguments, run.path.parent.parent / "log", terminal=terminal) as command:
+        command.until(reached(run, 6), "sixth step", 120)
+        terminal.hang_up()
+        code = command.wait(within_s)
+        assert command.left_running() == []
+        assert left_behind(run, command.process.pid) == []
+    return code
+
+
 @pytest.mark.timeout(300)
 def test_closed_terminal_stops_the_run_with_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "runs" / "cli")
     with Terminal() as terminal:
-        arguments = ["train", str(recipe), "--runs", str(run.path.parent), "--set", "checkpoint.every_steps=0"]
-        with Command(arguments, tmp_path / "log", terminal=terminal) as command:
-            command.until(reached(run, 6), "sixth step", 120)
-            terminal.hang_up()
-            assert command.wait(60) == 3
-            assert command.left_running() == []
-            assert left_behind(run, command.process.pid) == []
+        assert hung_up_at_step_six(recipe, run, terminal, "checkpoint.every_steps=0", 60) == 3
     assert "tandem · cli" in terminal.shown, "the live view was on"
     assert run.checkpoint_steps()[-1] >= 6
     assert status(run)["phase"] == "stopped"
@@ -244,13 +250,7 @@ def test_closed_terminal_stops_the_run_with_a_checkpoint(recipe: Path, tmp_path:
 def test_run_that_ignores_the_hangup_goes_on_without_its_terminal(recipe: Path, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "runs" / "cli")
     with Terminal(ignored=True) as terminal:
-        arguments = ["train", str(recipe), "--runs", str(run.path.parent), "--set", "steps=30"]
-        with Command(arguments, tmp_path / "log", terminal=terminal) as command:
-            command.until(reached(run, 6), "sixth step", 120)
-            terminal.hang_up()
-            assert command.wait(120) == 0
-            assert command.left_running() == []
-            assert left_behind(run, command.process.pid) == []
+        assert hung_up_at_step_six(recipe, run, terminal, "steps=30", 120) == 0
     assert read_json(run.summary)["steps"] == 30
     assert status(run)["phase"] == "finished"
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from actor.rewards.numerals import UNWRAP, normalize_latex, read_quantity, split_unit, strip_marks
+from actor.rewards.numerals import UNWRAP, normalize_answer, read_quantity, split_unit
 from actor.rewards.shapes import SYMBOL, is_balanced, read_inequality, split_name, take_apart
 from actor.rewards.text import find_last_box, has_hedge
 
@@ -71,14 +71,14 @@ def answers_equal(found: str, reference: str) -> bool:
         return quantity is not None and quantity.agrees_with(expected)
     if max(len(found), len(reference)) > MAX_CHARS:
         return False
-    found, reference = (strip_marks(normalize_latex(strip_marks(text))) for text in (found, reference))
+    found, reference = normalize_answer(found), normalize_answer(reference)
     plain_found, plain = (UNWRAP.sub(r"\1", text).strip() for text in (found, reference))
     if _squeeze(found) == _squeeze(reference) or _squeeze(plain_found) == _squeeze(plain):
         return True
     if _CHOICE.fullmatch(plain):
         choice = _CHOICE.fullmatch(plain_found)
         return choice is not None and choice[1] == plain.strip("()")
-    if _is_words(reference) or _is_words(found):
+    if _is_words(reference, plain) or _is_words(found, plain_found):
         return _fold(plain_found) == _fold(plain)
     if has_hedge(found) and not has_hedge(reference):
         return False
@@ -150,9 +150,8 @@ def _fold(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _is_words(text: str) -> bool:
-    """Whether it is language, and not a product of symbols."""
-    plain = UNWRAP.sub(r"\1", text).strip()
+def _is_words(text: str, plain: str) -> bool:
+    """Whether it is language, and not a product of symbols. `plain`: the text without what marks words in LaTeX."""
     wrapped = plain != text.strip()
     return _WORDS.fullmatch(plain) is not None and (wrapped or any(len(word) > 2 for word in plain.split()))
 

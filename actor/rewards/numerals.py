@@ -58,13 +58,14 @@ _SIZES = re.compile(r"\\(?:left|right)(?![A-Za-z])")
 _SYMBOL = re.compile(SYMBOL)
 _RESTATED = re.compile(rf"-?\(?{_DECIMAL}\)?(?: ?(?:[-+*/×÷]|\\times|\\div) ?-?\(?{_DECIMAL}\)?)++")
 _VERDICT = re.compile(r"(?:.*\b(?:is|are|was|be|equals|makes)\b[ ]*:?|.*:|.*#{4})[ ]*", re.IGNORECASE)
+_WRAPPER, _SQUARE = r"\\(?:text|mathrm|textrm|mbox|rm)", r"\^\{?[23]\}?"
 UNWRAP = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox)\s?\{([^{}]*)\}")
 """Words in LaTeX; group 1: without what marks them as such."""
-_TEXT_UNIT = re.compile(r"\\(?:text|mathrm|textrm|mbox|rm)\{([^{}]*)\}(\^\{?[23]\}?)?")
-_WORD_UNIT = re.compile(r"([A-Za-z]+(?:[ /-][A-Za-z]+){0,3})(\^\{?[23]\}?|[²³])?")
+_TEXT_UNIT = re.compile(rf"{_WRAPPER}\{{([^{{}}]*)\}}({_SQUARE})?")
+_WORD_UNIT = re.compile(rf"([A-Za-z]+(?:[ /-][A-Za-z]+){{0,3}})({_SQUARE}|[²³])?")
 _UNIT_AT_END = re.compile(
-    r"(.*\S)(\s*\\(?:text|mathrm|textrm|mbox|rm)\{[^{}]*\}(?:\^\{?[23]\}?)?"
-    r"|(?<=[0-9})])\s*([A-Za-z]++)(?:[ /-][A-Za-z]++){0,3}(?:\^\{?[23]\}?)?)",
+    rf"(.*\S)(\s*{_WRAPPER}\{{[^{{}}]*\}}(?:{_SQUARE})?"
+    rf"|(?<=[0-9}})])\s*([A-Za-z]++)(?:[ /-][A-Za-z]++){{0,3}}(?:{_SQUARE})?)",
     re.DOTALL,
 )
 _BASED = re.compile(r"([0-9A-F]++)_\{?([0-9]{1,2})\}?")
@@ -95,27 +96,8 @@ _OPENERS = frozenset("#:=(*\"'`[→≈~>" + _CURRENCY)
 _ARROWS = ("->", "=>", ">>", "<answer>", "</think>")
 """What ends in `>` and compares nothing. ">>" ends the calculations in GSM8K's solutions: <<3*6=18>>18."""
 _REFUSED_BEFORE = (
-    "+",
-    "*",
-    "/",
-    "×",
-    "÷",
-    "^",
-    "<",
-    "≤",
-    "≥",
-    "≠",
-    "±",
-    "∓",
-    "!=",
-    "<=",
-    ">=",
-    "-",
-    "&",
-    "|",
-    "_",
-    "\\",
-)
+    "+", "*", "/", "×", "÷", "^", "<", "≤", "≥", "≠", "±", "∓", "!=", "<=", ">=", "-", "&", "|", "_", "\\",
+)  # fmt: skip
 
 
 class Quantity(NamedTuple):
@@ -155,6 +137,11 @@ def strip_marks(text: str) -> str:
     return text.removesuffix(".").rstrip() if text[-2:-1] != "." else text
 
 
+def normalize_answer(text: str) -> str:
+    """An answer without what surrounds it, in LaTeX's one spelling."""
+    return strip_marks(normalize_latex(strip_marks(text)))
+
+
 def read_quantity(text: str) -> Quantity | None:
     """A text that is one number as a whole, or None.
 
@@ -163,7 +150,7 @@ def read_quantity(text: str) -> Quantity | None:
     """
     if len(text) > MAX_CHARS:
         return None
-    text = strip_marks(normalize_latex(strip_marks(text)))
+    text = normalize_answer(text)
     wrapped = UNWRAP.fullmatch(text)
     lead, body = _split_lead(wrapped[1].strip() if wrapped else text)
     name = _read_lead(lead)

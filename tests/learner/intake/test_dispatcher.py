@@ -6,7 +6,7 @@ import msgspec
 
 from learner.intake.dispatcher import TICKET_STATES, Dispatcher
 from protocol.messages import Ticket, TicketId
-from tests.intake_harness import make_dispatcher, make_group, make_ticket
+from tests.intake_harness import group_of, make_dispatcher, make_ticket
 
 
 def issue_all(dispatcher: Dispatcher, actor: str = "a", version: int = 1, now: float = 0.0) -> list[Ticket]:
@@ -21,7 +21,7 @@ def test_issue_stops_at_the_admission_bound_and_goes_on_after_a_commit() -> None
     tickets = issue_all(dispatcher)
     assert [ticket.id.index for ticket in tickets] == [0, 1, 2, 3]
     for ticket in tickets[:2]:
-        dispatcher.receive(make_group(ticket))
+        dispatcher.receive(group_of(ticket))
     assert dispatcher.issue("a", 1, 0.0) is None
     assert [group.id.index for group in dispatcher.take() or []] == [0, 1]
     assert dispatcher.issue("a", 1, 0.0) is None, "a batch in training still counts"
@@ -33,7 +33,7 @@ def test_issue_stops_at_the_admission_bound_and_goes_on_after_a_commit() -> None
 def test_ticket_waits_for_the_version_that_keeps_it_within_max_lag() -> None:
     dispatcher = make_dispatcher(groups_per_step=1, max_lag=0, steps=3)
     (ticket,) = issue_all(dispatcher)
-    dispatcher.receive(make_group(ticket))
+    dispatcher.receive(group_of(ticket))
     dispatcher.take()
     dispatcher.published(1, 7)
     dispatcher.commit()
@@ -47,10 +47,10 @@ def test_batch_is_the_oldest_tickets_whatever_arrives_first() -> None:
     dispatcher = make_dispatcher(groups_per_step=2)
     tickets = issue_all(dispatcher)
     for index in (3, 2, 1):
-        dispatcher.receive(make_group(tickets[index]))
+        dispatcher.receive(group_of(tickets[index]))
     assert dispatcher.take() is None
     assert dispatcher.missing() == [TicketId(0, 0)]
-    dispatcher.receive(make_group(tickets[0]))
+    dispatcher.receive(group_of(tickets[0]))
     assert [group.id.index for group in dispatcher.take() or []] == [0, 1]
 
 
@@ -101,9 +101,9 @@ def test_late_group_counts_if_it_is_the_first_and_is_a_duplicate_otherwise() -> 
     dispatcher.actor_gone("a", "silent")
     (second,) = issue_all(dispatcher, "b")
     assert dispatcher.wanted(first.id) is not None
-    assert dispatcher.receive(make_group(first))
+    assert dispatcher.receive(group_of(first))
     assert dispatcher.wanted(second.id) is None
-    assert not dispatcher.receive(make_group(second))
+    assert not dispatcher.receive(group_of(second))
     assert dispatcher.counts()["duplicates"] == 1
 
 
@@ -119,8 +119,8 @@ def test_evaluation_tickets_go_first_and_have_a_ledger_of_their_own() -> None:
     dispatcher.give_back(issued[0].id, "a", "no", issued[0].attempt)
     assert dispatcher.issue("a", 1, 0.0) is not None, "issued again"
     for ticket in reversed(issued):
-        assert dispatcher.receive(make_group(ticket))
-    assert not dispatcher.receive(make_group(issued[0])), "a duplicate"
+        assert dispatcher.receive(group_of(ticket))
+    assert not dispatcher.receive(group_of(issued[0])), "a duplicate"
     groups, failed = dispatcher.finish_evaluation() or ([], {})
     assert [group.id.index for group in groups] == [0, 1, 2]
     assert failed == {}
@@ -137,8 +137,8 @@ def test_straggler_is_reported_only_when_it_blocks_the_next_batch() -> None:
 def test_restore_queues_journaled_groups_and_issues_the_rest_again() -> None:
     dispatcher = make_dispatcher(groups_per_step=2, max_lag=1, steps=5)
     tickets = issue_all(dispatcher)
-    dispatcher.receive(make_group(tickets[0]))
-    dispatcher.receive(make_group(tickets[1]))
+    dispatcher.receive(group_of(tickets[0]))
+    dispatcher.receive(group_of(tickets[1]))
     dispatcher.take()
     dispatcher.published(1, 2)
     dispatcher.commit()
@@ -147,7 +147,7 @@ def test_restore_queues_journaled_groups_and_issues_the_rest_again() -> None:
     assert state["unfinished"] == [2, 3, 4, 5]
 
     resumed = make_dispatcher(groups_per_step=2, max_lag=1, steps=5)
-    journaled = [make_group(make_ticket(index)) for index in (0, 2, 3, 6)]  # 0 was trained, 6 came after the checkpoint
+    journaled = [group_of(make_ticket(index)) for index in (0, 2, 3, 6)]  # 0 was trained, 6 came after the checkpoint
     assert resumed.restore(state, journaled, version=9) == [2, 3, 6]
     assert resumed.counts()["trained"] == 2
     assert [group.id.index for group in resumed.take() or []] == [2, 3]
@@ -167,7 +167,7 @@ def test_restore_keeps_the_place_of_a_ticket_that_failed_after_the_checkpoint() 
     assert [ticket.id.index for ticket in issue_all(dispatcher)] == [2]
 
     resumed = make_dispatcher(groups_per_step=2, max_lag=0)
-    journaled = [make_group(make_ticket(index)) for index in (1, 2)]
+    journaled = [group_of(make_ticket(index)) for index in (1, 2)]
     resumed.restore(state, journaled, version=2, failed=dispatcher.newly_failed)
     assert issue_all(resumed, version=2) == [], "tickets 1 and 2 are the first batch again, and nothing else is drawn"
     assert [group.id.index for group in resumed.take() or []] == [1, 2]
@@ -199,7 +199,7 @@ def test_only_train_tickets_that_actors_report_make_the_run_give_up() -> None:
     ticket, *others = issue_all(dispatcher)
     dispatcher.give_back(ticket.id, "a", "a: no", attempt=1)
     assert dispatcher.failed_in_a_row == 1, "an evaluation has a limit of its own"
-    dispatcher.receive(make_group(others[0]))
+    dispatcher.receive(group_of(others[0]))
     assert dispatcher.failed_in_a_row == 0
 
 
@@ -219,20 +219,20 @@ def test_filtered_group_is_counted_and_replaced_by_the_next_prompt() -> None:
         groups_per_step=2, max_lag=0, is_filtered=lambda group: group.id.index in (0, 2, 3), max_filtered_per_step=2
     )
     first, second = issue_all(dispatcher)
-    assert dispatcher.receive(make_group(first)), "accepted, hence acknowledged and journaled once"
+    assert dispatcher.receive(group_of(first)), "accepted, hence acknowledged and journaled once"
     assert dispatcher.holds(0), "its figures are those of the batch that is still to come"
     (third,) = issue_all(dispatcher)
     assert (third.id.index, dispatcher.counts()["filtered"]) == (2, 1)
-    dispatcher.receive(make_group(second))
-    dispatcher.receive(make_group(third))
+    dispatcher.receive(group_of(second))
+    dispatcher.receive(group_of(third))
     (fourth,) = issue_all(dispatcher)
-    dispatcher.receive(make_group(fourth))
+    dispatcher.receive(group_of(fourth))
     assert [group.id.index for group in dispatcher.take() or []] == [1, 3], "two filtered in one step are the limit"
     assert [group.id.index for group in dispatcher.filtered_before] == [0, 2]
     dispatcher.published(1, 2)
     dispatcher.commit()
     assert dispatcher.counts()["filtered"] == 2
-    assert not dispatcher.receive(make_group(first)), "a duplicate of a filtered group"
+    assert not dispatcher.receive(group_of(first)), "a duplicate of a filtered group"
 
 
 def test_filtering_leaves_evaluations_alone() -> None:
@@ -240,7 +240,7 @@ def test_filtering_leaves_evaluations_alone() -> None:
     dispatcher.start_evaluation([msgspec.structs.replace(make_ticket(0), id=TicketId(-1, 0), kind="eval")])
     ticket = dispatcher.issue("a", 1, 0.0)
     assert ticket is not None
-    dispatcher.receive(make_group(ticket))
+    dispatcher.receive(group_of(ticket))
     groups, _ = dispatcher.finish_evaluation() or ([], {})
     assert len(groups) == 1 and dispatcher.counts()["filtered"] == 0
 
@@ -266,13 +266,13 @@ def test_roll_back_abandons_what_lies_behind_the_checkpoint_and_issues_it_again(
     dispatcher = make_dispatcher(groups_per_step=2, max_lag=1, steps=5)
     tickets = issue_all(dispatcher)
     for ticket in tickets[:2]:
-        dispatcher.receive(make_group(ticket))
+        dispatcher.receive(group_of(ticket))
     dispatcher.take()
     dispatcher.published(1, 2)
     dispatcher.commit()
     state = dispatcher.state()  # step 1: two trained, 2 and 3 leased
     for ticket in [*tickets[2:], *issue_all(dispatcher, version=2)]:
-        dispatcher.receive(make_group(ticket, version=2))
+        dispatcher.receive(group_of(ticket, version=2))
     dispatcher.take()
     dispatcher.published(2, 3)
     dispatcher.commit()  # a second step, which is given up now
@@ -289,7 +289,7 @@ def test_roll_back_abandons_what_lies_behind_the_checkpoint_and_issues_it_again(
     ]  # fmt: skip
     assert dispatcher.counts()["abandoned"] == 4
     resumed = make_dispatcher(groups_per_step=2, max_lag=1, steps=5)
-    old, new = make_group(tickets[2], 2), make_group(again[0], 4)
+    old, new = group_of(tickets[2], version=2), group_of(again[0], version=4)
     assert resumed.restore(dispatcher.state(), [old, new], 5) == [2]
     assert resumed.train.queued == {TicketId(1, 2): new}
 

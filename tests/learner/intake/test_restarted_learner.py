@@ -15,8 +15,8 @@ from protocol.messages import (
     Hello,
     TicketId,
 )
-from tests.actor_harness import DEADLINE_S, ActorThread, Puppet, group_of, indices, train, until
-from tests.intake_harness import GROUP_SIZE, Intake, journal_of, locked, make_ticket
+from tests.actor_harness import DEADLINE_S, ActorThread, Puppet, begin, indices, train, until
+from tests.intake_harness import GROUP_SIZE, Intake, group_of, journal_of, locked, make_ticket
 
 FIRST, SECOND = TicketId(0, 0), TicketId(0, 1)
 
@@ -88,9 +88,7 @@ def test_group_that_was_not_acknowledged_is_sent_again_to_the_restarted_learner(
     with ActorThread(first.address, engine=engine) as actor:
         with first:
             monkeypatch.setattr(first.server, "_group", lambda peer, group: None)  # killed before it could journal
-            first.publish(0)
-            first.source.wait_for_actor(1, DEADLINE_S)
-            first.source.resume_training()
+            begin(first)
             until(lambda: actor.loop.unacked, "a group")
             state = locked(first, first.dispatcher.state)
         second = Intake(tmp_path, steps=1, groups_per_step=1, max_lag=0, port=port, version=1)

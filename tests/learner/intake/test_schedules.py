@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from protocol.messages import Group, Ticket, TicketId
-from tests.intake_harness import make_dispatcher, make_group
+from tests.intake_harness import group_of, make_dispatcher
 
 ACTORS = ("a", "b", "c")
 
@@ -63,7 +63,7 @@ class RandomSchedules(RuleBasedStateMachine):
     @rule(data=st.data())
     def complete(self, data: st.DataObject) -> None:
         actor, ticket, version = self.holding.pop(data.draw(st.integers(0, len(self.holding) - 1)))
-        self.arrive(actor, make_group(ticket, version))
+        self.arrive(actor, group_of(ticket, version=version))
 
     def arrive(self, actor: str, group: Group) -> None:
         """As the server does it: a group of lost or too old weights is refused, a good one journaled."""
@@ -190,7 +190,7 @@ class RandomSchedules(RuleBasedStateMachine):
             self.update_engine("a")
             self.issue("a")
             for actor, ticket, version in self.holding:
-                self.arrive(actor, make_group(ticket, version))
+                self.arrive(actor, group_of(ticket, version=version))
             self.holding.clear()
             self.train()
         counts, failed = self.dispatcher.counts(), {ticket_id.index for ticket_id in self.dispatcher.train.failed}

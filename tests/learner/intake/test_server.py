@@ -30,8 +30,8 @@ from protocol.messages import (
     TicketId,
     Welcome,
 )
-from tests.actor_harness import DEADLINE_S, ActorThread, Puppet, group_of, indices, train, until
-from tests.intake_harness import Intake, eval_ticket, journal_of, locked, make_ticket
+from tests.actor_harness import DEADLINE_S, ActorThread, Puppet, indices, train, until
+from tests.intake_harness import Intake, eval_ticket, group_of, journal_of, locked, make_ticket
 
 FIRST, SECOND = TicketId(0, 0), TicketId(0, 1)
 

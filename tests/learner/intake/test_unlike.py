@@ -13,8 +13,7 @@ from protocol.messages import (
     Sampling,
     TicketId,
 )
-from tests.actor_harness import group_of
-from tests.intake_harness import make_ticket
+from tests.intake_harness import group_of, make_ticket
 
 
 @pytest.mark.parametrize(

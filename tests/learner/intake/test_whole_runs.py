@@ -18,8 +18,8 @@ from protocol.messages import (
     Ticket,
     Welcome,
 )
-from tests.actor_harness import DEADLINE_S, ActorThread, Puppet, group_of, indices, train, until
-from tests.intake_harness import GROUP_SIZE, Intake, eval_ticket, locked, make_ticket
+from tests.actor_harness import DEADLINE_S, ActorThread, Puppet, begin, indices, train, until
+from tests.intake_harness import GROUP_SIZE, Intake, eval_ticket, group_of, locked, make_ticket
 
 
 def assert_trained_exactly_once(intake: Intake, batches: list[list[Group]], tickets: int) -> None:
@@ -99,9 +99,7 @@ def test_drained_actors_leave_and_give_back_what_they_hold(tmp_path: Path) -> No
         ActorThread(intake.address, "actor-0") as one,
         ActorThread(intake.address, "actor-1") as two,
     ):
-        intake.publish(0)
-        intake.source.wait_for_actor(1, DEADLINE_S)
-        intake.source.resume_training()
+        begin(intake)
         until(lambda: intake.dispatcher.holders(), "leases")
         intake.source.pause_training()
         intake.server.drain("enough for today")
@@ -123,9 +121,7 @@ def test_leases_of_a_dead_actor_are_issued_again(tmp_path: Path) -> None:
         Intake(tmp_path, dead_after_s=0.4) as intake,
         ActorThread(intake.address, "actor-0", FakeEngine(token_s=60)) as doomed,
     ):
-        intake.publish(0)
-        intake.source.wait_for_actor(1, DEADLINE_S)
-        intake.source.resume_training()
+        begin(intake)
         until(lambda: len(intake.dispatcher.leases_of("actor-0")) >= 4, "leases")
         lost = len(intake.dispatcher.leases_of("actor-0"))
         doomed.die()
@@ -141,9 +137,7 @@ def test_restarted_actor_is_known_at_once_by_its_incarnation(tmp_path: Path) -> 
         Intake(tmp_path, dead_after_s=600) as intake,
         ActorThread(intake.address, "actor-0", FakeEngine(token_s=60)) as doomed,
     ):
-        intake.publish(0)
-        intake.source.wait_for_actor(1, DEADLINE_S)
-        intake.source.resume_training()
+        begin(intake)
         until(lambda: intake.dispatcher.leases_of("actor-0"), "leases")
         doomed.die()
         with ActorThread(intake.address, "actor-0"):
@@ -230,9 +224,7 @@ def test_whole_run_outlives_a_straggling_actor(tmp_path: Path) -> None:
         Intake(tmp_path, straggler_s=0.5) as intake,
         ActorThread(intake.address, "actor-0", FakeEngine(token_s=60)) as slow,
     ):
-        intake.publish(0)
-        intake.source.wait_for_actor(1, DEADLINE_S)
-        intake.source.resume_training()
+        begin(intake)
         until(lambda: slow.engine.started, "work at the slow actor")
         with ActorThread(intake.address, "actor-1"):
             until(lambda: len([p for p in intake.server.peers.values() if p.version]) == 2, "both actors to serve")
