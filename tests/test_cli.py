@@ -264,6 +264,7 @@ def test_killed_learner_is_restarted_and_replays_its_journal(recipe: Path, tmp_p
         learners = [p for p in psutil.Process(command.process.pid).children() if "learner" in p.cmdline()]
         assert len(learners) == 1
         learners[0].kill()
+        sent_before = read_json(run.summary)["weights"]["bytes_sent"]
         assert command.wait(200) == 0, command.output()
         assert "restarting it from its last checkpoint" in command.output()
         assert command.left_running() == []
@@ -274,7 +275,7 @@ def test_killed_learner_is_restarted_and_replays_its_journal(recipe: Path, tmp_p
     assert summary["reward_first"] == rows[0]["reward_mean"]
     assert summary["lag_mean"] == pytest.approx(sum(row["lag_mean"] for row in rows) / 25)
     assert summary["actors"] == {"started": 1, "restarted": 0, "max": 1}, "it outlived the learner"
-    assert summary["weights"]["bytes_sent"] >= (summary["weights"]["versions"] - 6) * summary["weights"]["bytes_dense"]
+    assert summary["weights"]["bytes_sent"] > sent_before > 0, "of both processes"
     replayed = re.search(r"(\d+) groups of unfinished tickets come from the journal", learner_log(run))
     assert replayed and int(replayed[1]) > 0
 
