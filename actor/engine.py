@@ -54,6 +54,12 @@ class Engine(Protocol):
         Returns the seconds that generation stood still. Every parameter must be written, or EngineFailed."""
         ...
 
+    async def checksum(self) -> str:
+        """Digest of the engine's own checksums of the weights it computes with; "" where it has none that mean much.
+
+        Engines of one kind that serve one version have the same."""
+        ...
+
     async def stop(self) -> None:
         """End the engine and its child processes."""
         ...

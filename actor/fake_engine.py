@@ -118,6 +118,9 @@ class FakeEngine:
         self.loaded.append((manifest.version, manifest.digest))
         return time.perf_counter() - began
 
+    async def checksum(self) -> str:
+        return ""
+
     async def stop(self) -> None:
         self._condemned = self._condemned or "the engine was stopped"
         self._running.set()

@@ -7,21 +7,25 @@ engine. Knows the link, the staging directory and the engine, but no tickets.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
 
 from actor.engine import Engine
 from actor.gate import EngineGate
-from actor.staging import Staging
+from actor.probing import answer
+from actor.staging import Staged, Staging
 from protocol.errors import DeadlineExceeded, EngineFailed, WeightsError
-from protocol.messages import Welcome
+from protocol.messages import Probe, Probed, Update, Welcome
 from protocol.sockets import Link
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 LOAD_TIMEOUT_S = 300.0
+PROBE_S = 10.0
+"""Longest that a new version waits for a probe of the one before it."""
 GIVE_UP_S = 300.0
 """Longest time without success while there is a newer version; then the actor ends and is started anew."""
 
@@ -44,8 +48,10 @@ class WeightFollower:
         self.swaps = 0
         self.fetch_s = self.pause_s = 0.0
         self.newest = 0
+        self._news: Update | None = None
         self._welcome, self._enter, self._confirm = welcome, enter, confirm
         self._newer = asyncio.Event()
+        self._probing = asyncio.Lock()
         self._changed = asyncio.Condition()
 
     def heard_of(self, version: int) -> None:
@@ -57,7 +63,8 @@ class WeightFollower:
     async def listen(self) -> None:
         """Take in news for ever."""
         while True:
-            self.heard_of((await self.link.news()).version)
+            self._news = await self.link.news()
+            self.heard_of(self._news.manifest.version)
 
     async def wait_for(self, version: int) -> None:
         """Wait until the engine serves `version` or a later one: for the learner's weights; freed by `follow`."""
@@ -83,27 +90,45 @@ class WeightFollower:
                 self._newer.set()
 
     async def _update(self) -> None:
-        manifest = await self.link.fetch_manifest()
-        if manifest.version < self.newest:
-            raise WeightsError(f"version {self.newest} was announced, {manifest.version} can be had")
-        if manifest.version <= self.engine.version:
-            return
         if self.engine.version == 0:
             self._enter("loading weights")
-        staged = await self.staging.fetch(self.link, manifest, self._welcome())
-        with self.gate.swapping():
-            try:
-                async with asyncio.timeout(LOAD_TIMEOUT_S):
-                    self.pause_s = await self.engine.load(manifest, staged.path)
-            except TimeoutError:
-                raise EngineFailed(
-                    f"loading version {manifest.version} took more than {LOAD_TIMEOUT_S:.0f} s"
-                ) from None
-        self.staging.keep_only(staged)
-        self.fetch_s = staged.seconds
+        news, self._news = self._news, None
+        staged = await self.staging.bring(self.link, self._welcome(), news, self.newest, self.engine.version)
+        if staged is None:
+            return
+        manifest = staged.manifest
+        try:
+            await self._let_probe_end()
+            with self.gate.swapping():
+                self.pause_s = await self._load(staged)
+        finally:
+            staged.release()
+        self.fetch_s = sum(staged.seconds.values())
         self.swaps += 1
         self._enter("serving")
-        log.info("serves version %d: staged in %.2f s, paused %.2f s", manifest.version, staged.seconds, self.pause_s)
+        stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in staged.seconds.items())
+        log.info("serves version %d: %s, %s; paused %.2f s", manifest.version, staged.form, stages, self.pause_s)
         async with self._changed:
             self._changed.notify_all()
         await self._confirm()
+
+    async def answer(self, probe: Probe) -> Probed | None:
+        """What the engine computes with the version in service; no other one is swapped in meanwhile. None if it is
+        not the one that is asked for."""
+        async with self._probing:
+            return await answer(self.engine, self.gate, probe) if probe.version == self.engine.version else None
+
+    async def _let_probe_end(self) -> None:
+        """Wait for a probe that is under way; one that takes too long gets tokens of two versions, and no answer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PROBE_S), self._probing:
+                pass
+
+    async def _load(self, staged: Staged) -> float:
+        try:
+            async with asyncio.timeout(LOAD_TIMEOUT_S):
+                return await self.engine.load(staged.manifest, staged.path)
+        except TimeoutError:
+            raise EngineFailed(
+                f"loading version {staged.manifest.version} took more than {LOAD_TIMEOUT_S:.0f} s"
+            ) from None

@@ -37,6 +37,7 @@ from protocol.messages import (
     Group,
     Heartbeat,
     Hello,
+    Probe,
     Refused,
     Rehello,
     Ticket,
@@ -105,6 +106,7 @@ class ActorLoop:
         self.phase, self.phase_since = "connecting", time.monotonic()
         self.held: dict[TicketId, asyncio.Task[None]] = {}
         self.unacked: dict[TicketId, Group] = {}
+        self._probing: set[asyncio.Task[None]] = set()
         self.slots = 0
         self.generated_tokens = self.grader_errors = 0
         self._heard_at = time.monotonic()
@@ -192,7 +194,7 @@ class ActorLoop:
         self.weights = WeightFollower(
             self.engine,
             self.link,
-            Staging(self.welcome.run, self.name, self.incarnation),
+            Staging(self.welcome.run),
             self.gate,
             lambda: self.welcome,
             self._enter,
@@ -213,12 +215,13 @@ class ActorLoop:
                 background += [asyncio.create_task(self.weights.listen()), asyncio.create_task(self.weights.follow())]
                 return await self._or_fail(self._done, background)
         finally:
-            for task in [*background, *self.held.values()]:
+            tasks = [*background, *self.held.values(), *self._probing]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*background, *self.held.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self.engine.stop(), 30)
-            self.weights.staging.remove()
+            self.weights.staging.leave()
 
     async def _or_fail(self, wanted: Awaitable[T], background: list[asyncio.Task[None]]) -> T:
         """Result of `wanted`, unless a background task fails first: then its exception."""
@@ -262,6 +265,8 @@ class ActorLoop:
                     self.unacked.pop(ticket_id, None)
             elif isinstance(message, Beat):
                 self.weights.heard_of(message.version)
+            elif isinstance(message, Probe):
+                self._probing.add(asyncio.create_task(self._probe(message)))
             elif isinstance(message, Cancel):
                 self._drop(message.ids)
             elif isinstance(message, Rehello):
@@ -346,6 +351,18 @@ class ActorLoop:
         """Tell the learner at once which version is served now."""
         await self.link.send(self._heartbeat())
 
+    async def _probe(self, probe: Probe) -> None:
+        """Answer a probe beside the tickets. A failing engine ends the actor."""
+        try:
+            if (probed := await self.weights.answer(probe)) is not None:
+                await self.link.send(probed)
+        except EngineFailed as failure:
+            self._finish(failure)
+        except (ValueError, RuntimeError):
+            log.exception("the probe of version %d failed", probe.version)
+        finally:
+            self._probing.discard(asyncio.current_task())
+
     # --- tickets ---
 
     async def _serve(self, ticket: Ticket) -> None:
@@ -354,7 +371,8 @@ class ActorLoop:
         assert engine is not None
         try:
             await self.weights.wait_for(ticket.min_version)
-            group = await rollout(engine, self.grader, self.gate, ticket, self.name)
+            shared = self.welcome.prefix_cache == "shared"
+            group = await rollout(engine, self.grader, self.gate, ticket, self.name, shared)
         except asyncio.CancelledError:
             raise
         except BaseException as error:

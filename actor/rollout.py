@@ -35,8 +35,12 @@ def completion_seed(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=4).digest(), "big") >> 1
 
 
-async def rollout(engine: Engine, grader: Grader, gate: Gate, ticket: Ticket, actor: str) -> Group:
+async def rollout(
+    engine: Engine, grader: Grader, gate: Gate, ticket: Ticket, actor: str, share_cache: bool = False
+) -> Group:
     """Draw and grade the completions of a ticket. Cancelling it aborts its requests.
+
+    `share_cache`: prefixes may come from keys and values that an older version has computed.
 
     Raises EngineFailed if the engine is lost, anything else if this ticket alone could not be done.
     """
@@ -49,7 +53,7 @@ async def rollout(engine: Engine, grader: Grader, gate: Gate, ticket: Ticket, ac
                 prompt_ids=ticket.prompt_ids,
                 sampling=ticket.sampling,
                 seed=completion_seed(ticket.seed, index),
-                cache_salt=str(engine.version),
+                cache_salt="" if share_cache else str(engine.version),
             )
 
     async with asyncio.TaskGroup() as tasks:

@@ -1,29 +1,46 @@
 """Brings a whole version of the weights next to the engine and checks it there, before anything is swapped.
 
-A version is staged as one safetensors file, in shared memory where that is large enough. Until the file is complete and
-every digest fits, the engine serves its old version and knows nothing of it. Called by `loop.py`.
+The actors of a node and run share one directory, in shared memory where that is large enough: two slots
+(`slots.py`), the version that was staged last and the one before, which the next is written over. Who hears of a
+version first stages it, the others find it. Until a slot is complete and every digest fits it is in no record, and the
+engines serve their old version and know nothing of it. Locks are the kernel's, so a killed actor leaves none: what it
+had staged is found again, what it was writing is written anew.
+
+Called by `follower.py`; asks the link for bytes and knows no engine.
 """
 
 from __future__ import annotations
 
-import mmap
+import asyncio
+import contextlib
 import os
 import re
+import secrets
 import shutil
+import stat
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
+from actor.locks import FileLock
+from actor.slots import SLOTS, Changed, Held, SlotFile, Slots, copy
+from protocol.deltas import DeltaCoder, check_payload
 from protocol.errors import WeightsError
-from protocol.messages import Manifest, Welcome
-from protocol.rundir import OWNER_FILE
+from protocol.messages import Delta, Manifest, Update, Welcome
+from protocol.rundir import USERS_FILE
 from protocol.sockets import Link
-from protocol.tensors import safetensors_header
-from protocol.weights import check_data
 
 SHARED_MEMORY = Path("/dev/shm")
 RUN_LABEL_CHARS = 24
+STAGE_TIMEOUT_S = 900.0
+"""Longest wait for another actor of this node to stage a version, or to load one from the slot that is wanted."""
+MAX_HOPS = 5
+"""Versions staged one after the other before one is swapped in: a snapshot, then the deltas made meanwhile."""
+
+T = TypeVar("T")
 
 
 def safe_name(name: str) -> str:
@@ -37,81 +54,261 @@ def engine_prefix(run: str) -> str:
     return f"tandem-{safe_name(run)[-RUN_LABEL_CHARS:]}-engine-"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Staged:
-    """A complete, checked version on this node."""
+    """A complete, checked version on this node. Its slot is not written over before `release`."""
 
     manifest: Manifest
     path: Path
-    seconds: float
-    """Fetch, digest check and writing together."""
+    lock: FileLock
+    form: str
+    """How it came here: "snapshot", "delta", or "found" where another actor, or this one's predecessor, staged it."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of its stages: "fetch", "decode", "check"."""
+
+    def release(self) -> None:
+        """The engine has loaded it."""
+        self.lock.release()
 
 
 class Staging:
-    """Staging directory of one actor process. Holds the version being served and the next one."""
+    """One actor's hold on the staging directory of its node and run."""
 
-    def __init__(self, run: str, actor: str, incarnation: str, root: Path | None = None) -> None:
+    def __init__(self, run: str, root: Path | None = None) -> None:
         self.root = root or SHARED_MEMORY
-        self.name = safe_name(f"tandem-{run}-{actor}-{incarnation}")
-        self.directory: Path | None = None
+        self.name = safe_name(f"tandem-{run}-weights")
+        self._users: FileLock | None = None
+        self._slots = Slots(Path())
+        self._coder = DeltaCoder()
+        self._behind: tuple[str, str, Changed] | None = None
+        """(digest of the older slot's version, of the newer one's, what changed between them), if this actor knows."""
 
-    def _place(self, needed_bytes: int) -> Path:
-        """Directory with room for two versions: shared memory, else a plain temporary directory."""
-        if self.directory is None:
-            roomy = self.root.is_dir() and shutil.disk_usage(self.root).free > 2 * needed_bytes
-            self.directory = (self.root if roomy else Path(tempfile.gettempdir())) / self.name
-        if not self.directory.is_dir():  # also when somebody cleaned up around us
-            self.directory.mkdir(mode=0o700, parents=True)
-            (self.directory / OWNER_FILE).write_text(str(os.getpid()))
-        return self.directory
+    @property
+    def directory(self) -> Path | None:
+        """Where the slots are, once anything was staged."""
+        return self._users.path.parent if self._users else None
 
-    async def fetch(self, link: Link, manifest: Manifest, welcome: Welcome) -> Staged:
-        """Pull a version, check every digest, keep it as a safetensors file.
+    async def bring(
+        self, link: Link, welcome: Welcome, news: Update | None, newest: int, serving: int
+    ) -> Staged | None:
+        """Stage the newest version, `newest` or a later one; None if the engine's own (`serving`) is the newest.
 
-        Raises WeightsError (bytes wrong or gone), DeadlineExceeded, OSError (no room); nothing is left behind then.
+        `news`: what was published last, which may have all that is needed. Raises WeightsError (bytes wrong or gone),
+        DeadlineExceeded, OSError (no room); nothing half done is in the record then.
         """
-        began = time.monotonic()
-        path = self._place(manifest.total_bytes) / f"v{manifest.version}.safetensors"
-        head = safetensors_header(manifest.tensors)
-        part = path.with_suffix(".part")
+        version = 0
+        for _ in range(MAX_HOPS):
+            heard = news if news and news.manifest.version >= newest else None
+            staged = await self._hop(link, welcome, heard, newest, serving)
+            if staged is None and newest <= serving:
+                return None
+            if staged is None:
+                break
+            if staged.manifest.version >= newest:
+                return staged
+            staged.release()
+            if staged.manifest.version <= version:
+                break
+            version = staged.manifest.version
+        raise WeightsError(f"version {newest} was announced, {max(version, serving)} can be had")
+
+    async def _hop(self, link: Link, welcome: Welcome, news: Update | None, newest: int, serving: int) -> Staged | None:
+        """Stage what the learner sends us to: the newest version, or an older snapshot to go on from.
+
+        None if that is of no use: there is nothing newer than `serving`, or than what lies here."""
+        if self._users is None or not self._users.is_current:  # also when somebody cleaned up around us
+            self.leave()
+            await self._open(news.manifest if news else (await link.fetch_update()).manifest)
+        async with self._writing():
+            base = self._slots.newest()
+            update = news if news and self._leads_on(news, base) else await self._ask(link, base)
+            manifest = update.manifest
+            slot, held = base or (0, Held(0, ""))
+            if manifest.version <= serving and (newest <= serving or held.digest == manifest.digest):
+                return None
+            if held.digest == manifest.digest:
+                return await self._found(slot, manifest)
+            began = time.perf_counter()
+            if update.chain:
+                payload = update.payload or await self._pull_chain(link, welcome, update.chain)
+
+                def decode(file: SlotFile, before: str) -> Awaitable[None]:
+                    return _thread(self._apply, update, payload, slot, file, before)
+
+                return await self._stage(manifest, "delta", began, decode)
+
+            def pull(file: SlotFile, before: str) -> Awaitable[None]:
+                return self._pull_snapshot(link, welcome, file)
+
+            return await self._stage(manifest, "snapshot", began, pull)
+
+    async def _ask(self, link: Link, base: tuple[int, Held] | None) -> Update:
+        held = base[1] if base else Held(0, "")
+        update = await link.fetch_update(held.version, held.digest)
+        if update.chain and (base is None or update.chain[0].base_digest != held.digest):
+            raise WeightsError(f"deltas from {update.chain[0].base} on, this node has version {held.version}")
+        return update
+
+    @staticmethod
+    def _leads_on(news: Update, base: tuple[int, Held] | None) -> bool:
+        """Whether nothing need be asked: the version is here, or its delta applies to what is."""
+        if base is None:
+            return False
+        held = base[1].digest
+        return news.manifest.digest == held or bool(news.chain and news.chain[0].base_digest == held)
+
+    # --- one version ---
+
+    async def _stage(
+        self, manifest: Manifest, form: str, began: float, fill: Callable[[SlotFile, str], Awaitable[None]]
+    ) -> Staged:
+        """Fill the older slot, check it, and only then put it into the record.
+
+        `fill(file, before)`: the latter is the digest of the version that the file holds until now, "" for none."""
+        slot = self._slots.oldest()
+        lock = FileLock(self._slots.path(slot))
         try:
-            with open(part, "w+b") as file:
-                file.write(head)
-                file.flush()
-                file.truncate(len(head) + manifest.total_bytes)
-                descriptor = file.fileno()
-
-                def write(offset: int, data: memoryview) -> None:
-                    if os.pwrite(descriptor, data, len(head) + offset) != len(data):
-                        raise WeightsError(f"version {manifest.version}: short write to {part}")
-
-                await link.fetch(manifest, welcome.chunk_bytes, welcome.window, write)
-                _check_file(descriptor, len(head), manifest)
-            os.replace(part, path)
+            await lock.take(False, "an engine of this node to have loaded its weights", STAGE_TIMEOUT_S)
+            before = self._slots.held().get(slot, Held(0, "")).digest
+            self._slots.forget(slot)
+            file = self._slots.allocate(slot, manifest)
+            fetched = time.perf_counter()
+            await fill(file, before)
+            filled = time.perf_counter()
+            await self._check(file)
+            self._slots.record(slot, manifest)
+            lock.try_to(share=True)
         except BaseException:
-            part.unlink(missing_ok=True)
+            lock.release()
             raise
-        return Staged(manifest, path, time.monotonic() - began)
+        now = time.perf_counter()
+        if form == "snapshot":
+            fetched = filled  # its bytes go straight into the slot
+        seconds = {"fetch": fetched - began, "decode": filled - fetched, "check": now - filled}
+        return Staged(manifest, file.path, lock, form, seconds)
 
-    def keep_only(self, staged: Staged) -> None:
-        """Remove every version but the one that is served now."""
-        for path in staged.path.parent.glob("*.safetensors"):
-            if path != staged.path:
-                path.unlink(missing_ok=True)
-
-    def remove(self) -> None:
-        """Remove the directory and all that is in it."""
-        if self.directory is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _check_file(descriptor: int, head_bytes: int, manifest: Manifest) -> None:
-    """Digest check of what really lies in the file, not of what came from the socket."""
-    with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as mapped:
-        view = memoryview(mapped)
-        data = view[head_bytes:]
+    async def _found(self, slot: int, manifest: Manifest) -> Staged:
+        """What another actor has staged. It is checked again: nobody knows what happened to it since."""
+        began = time.perf_counter()
+        lock = FileLock(self._slots.path(slot))
         try:
-            check_data(manifest, data)
+            await lock.take(True, "a staged version", STAGE_TIMEOUT_S)
+            file = self._slots.open(slot, manifest)
+            await self._check(file)
+        except BaseException as error:
+            if isinstance(error, WeightsError):
+                self._slots.forget(slot)
+            lock.release()
+            raise
+        return Staged(manifest, file.path, lock, "found", {"check": time.perf_counter() - began})
+
+    async def _check(self, file: SlotFile) -> None:
+        """The digests of all tensors. If one is wrong, what it was made from is not to be trusted either."""
+        try:
+            await _thread(file.check)
+        except WeightsError:
+            self._distrust()
+            raise
+
+    def _distrust(self) -> None:
+        """Nothing that lies here is what it should be: the next version comes as a snapshot."""
+        self._slots.forget(*range(SLOTS))
+        self._behind, self._coder = None, DeltaCoder()  # they know the wrong bytes
+
+    async def _pull_snapshot(self, link: Link, welcome: Welcome, file: SlotFile) -> None:
+        self._behind, manifest, target = None, file.manifest, file.data
+
+        def write(offset: int, data: memoryview) -> None:
+            target[offset : offset + len(data)] = data
+
+        await link.fetch(manifest.version, manifest.total_bytes, welcome.chunk_bytes, welcome.window, write)
+
+    async def _pull_chain(self, link: Link, welcome: Welcome, chain: tuple[Delta, ...]) -> bytes:
+        payload = bytearray(sum(delta.nbytes for delta in chain))
+        start = 0
+        for delta in chain:
+
+            def write(offset: int, data: memoryview, start: int = start) -> None:
+                payload[start + offset : start + offset + len(data)] = data
+
+            await link.fetch(delta.version, delta.nbytes, welcome.chunk_bytes, welcome.window, write, "delta")
+            start += delta.nbytes
+        return bytes(payload)
+
+    def _apply(self, update: Update, payload: bytes, base: int, file: SlotFile, before: str) -> None:
+        """Make the file the base's equal, then what the chain of deltas makes of it."""
+        source = self._slots.open(base, update.manifest)
+        held = self._slots.held()[base]
+        behind, self._behind = self._behind, None
+        copy(source, file, behind[2] if behind and behind[:2] == (before, held.digest) else None)
+        changed: Changed = []
+        view = memoryview(payload)
+        for delta in update.chain:
+            part, view = view[: delta.nbytes], view[delta.nbytes :]
+            check_payload(delta, part)
+            try:
+                changed += self._coder.decode(delta, part, update.manifest.tensors, file.data)
+            except WeightsError:  # the payload is right: the base is not
+                self._distrust()
+                raise
+        self._behind = held.digest, update.manifest.digest, changed
+
+    # --- the directory ---
+
+    async def _open(self, manifest: Manifest) -> None:
+        """Join the node's directory, or make it: where another actor has it, else where there is room for two."""
+        places = [self.root, Path(tempfile.gettempdir())]
+        found = [place for place in places if (place / self.name / USERS_FILE).exists()]
+        needed = SLOTS * manifest.total_bytes
+        roomy = [place for place in places if place.is_dir() and shutil.disk_usage(place).free > needed]
+        directory = ([*found, *roomy] or places[1:])[0] / self.name
+        while True:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # the last one to leave has removed it meanwhile
+                _check_private(directory)
+                users = FileLock(directory / USERS_FILE)
+                await users.take(True, "the node's staging directory", STAGE_TIMEOUT_S)
+                if users.is_current:
+                    break
+                users.release()
+        self._users, self._slots = users, Slots(directory)
+
+    @contextlib.asynccontextmanager
+    async def _writing(self) -> AsyncIterator[None]:
+        """Within, this actor alone writes slots and their record."""
+        assert self._users is not None
+        lock = FileLock(self._users.path.with_name("writing.lock"))
+        try:
+            await lock.take(False, "another actor of this node to stage a version", STAGE_TIMEOUT_S)
+            yield
         finally:
-            data.release()
-            view.release()
+            lock.release()
+
+    def leave(self) -> None:
+        """Let go of the directory; the last one removes it."""
+        if self._users is not None:
+            if self._users.is_current and self._users.try_to(share=False):
+                directory = self._users.path.parent
+                gone = directory.with_name(f"{directory.name}-{secrets.token_hex(4)}")
+                with contextlib.suppress(OSError):
+                    directory.rename(gone)  # at once: who joins now makes a new one, of which nothing is removed
+                    shutil.rmtree(gone, ignore_errors=True)
+            self._users.release()
+            self._users = None
+
+
+def _check_private(directory: Path) -> None:
+    """Raise OSError for a directory that somebody else has made: its name can be guessed."""
+    status = directory.lstat()
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077 or not stat.S_ISDIR(status.st_mode):
+        raise OSError(f"{directory} is not this user's alone")
+
+
+async def _thread(function: Callable[..., T], *arguments: Any) -> T:
+    """Result of a function that runs in a thread. Cancelled, it waits for the thread: that one may still be writing."""
+    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        raise

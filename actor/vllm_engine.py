@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import math
 import multiprocessing
 import os
@@ -216,6 +218,17 @@ class VLLMEngine:
             raise
         self._version = manifest.version
         return time.perf_counter() - began
+
+    async def checksum(self) -> str:
+        """vLLM's checksums of all workers. On the CPU build they hash empty tensors, so there are none."""
+        import torch
+
+        if not torch.cuda.is_available():
+            return ""
+        self._check_serving()
+        workers = await self._unless_dead(self._llm.compute_weight_checksums())
+        found = {name: digest for worker in workers for name, digest in worker.items()}
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
     async def stop(self) -> None:
         if self._death is not None:

@@ -1,125 +1,296 @@
-"""A dense weight update over the hub's sockets, beside the same bytes through raw loopback TCP, in one run.
+"""A weight update to another process: dense and as a delta, beside raw TCP, raw ZeroMQ and torch.save, in one run.
 
-The receiver is a process of its own in both cases. An update is fetch (windowed chunk pull), staging to shared memory
-and the check of every digest; raw TCP receives into memory and throws it away.
+The versions are those of a real model between updates at two learning rates (`weight_versions.py`). Dense and delta
+take turns, version by version, each through a hub and a staging directory of its own; the receiver is a process of its
+own every time. An update is encode (digests, and the delta), wire, decode (into the slot) and check (digests again);
+the engine's own reload is the same for both and measured apart (`pause`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import multiprocessing
+import os
 import socket
 import statistics
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+import torch
+import zmq
 
 from actor.staging import Staging
-from protocol.messages import Manifest, Welcome
+from benchmarks.weight_versions import versions
+from protocol.deltas import DeltaCoder
+from protocol.messages import Sampling, Welcome
 from protocol.sockets import Hub, Link
-from protocol.weights import layout, make_snapshot
+from protocol.tensors import tensor_view
+from protocol.weights import Snapshot, make_snapshot
 
+LEARNING_RATES = (1e-6, 1e-5)
+VERSIONS = 9
+SETTLED = 3
+"""Versions before the first that counts: a snapshot, the first delta (a second slot is filled), one more."""
 ROUNDS = 5
-SEND_BYTES = 1 << 20
+CHUNK_BYTES = 8 << 20
+TIMEOUT_S = 120.0
+STAGES = ("encode", "wire", "decode", "check")
 
 
-def measure(total_bytes: int, tensors: int = 272) -> dict[str, Any]:
-    """Seconds and GB/s, medians of ROUNDS each, the two ways in turn."""
-    data = np.random.default_rng(0).integers(0, 256, total_bytes // (2 * tensors) * 2 * tensors, dtype=np.uint8)
-    each = len(data) // tensors
-    specs = layout((f"tensor.{i}", "bfloat16", (each // 2,)) for i in range(tensors))
-    began = time.perf_counter()
-    snapshot = make_snapshot(1, 0, specs, data.data)
-    digest_s = time.perf_counter() - began
-    updates, raw = [], []
-    for number in range(ROUNDS):
-        raw.append(raw_tcp(data))
-        updates.append(update(snapshot, number))
-    update_s = statistics.median(row["seconds"] for row in updates)
-    raw_s = statistics.median(raw)
-    return {
-        "bytes": len(data),
-        "digest_s": digest_s,
-        "update_s": update_s,
-        "update_gb_per_s": len(data) / update_s / 1e9,
-        "pull_only_s": statistics.median(row["pull_s"] for row in updates),
-        "raw_tcp_s": raw_s,
-        "raw_tcp_gb_per_s": len(data) / raw_s / 1e9,
-        "update_over_raw_tcp": update_s / raw_s,
-    }
+def measure(engine: bool = True) -> dict[str, Any]:
+    """Medians of bytes and seconds. `engine`: measure a real engine's pause, too, which takes a minute."""
+    found: dict[str, Any] = {}
+    for lr in LEARNING_RATES:
+        made = list(versions(lr, VERSIONS))
+        found[f"lr {lr:g}"] = compare(made)
+    specs, last = made[-1]
+    data = last.numpy()
+    state = {spec.name: tensor_view(spec, last) for spec in specs}
+    raw = {"raw TCP": [], "raw ZeroMQ": [], "torch.save": []}  # type: dict[str, list[dict[str, float]]]
+    for _ in range(ROUNDS):
+        raw["raw TCP"].append({"wire": raw_tcp(data)})
+        raw["raw ZeroMQ"].append({"wire": raw_zmq(data)})
+        raw["torch.save"].append(torch_save(state))
+    for name, rows in raw.items():
+        found[name] = _medians(rows) | {"bytes": len(data)}
+    if engine:
+        found["pause_s"] = pause()
+    dense = found["lr 1e-06"]["dense"]
+    found["dense_wire_over_raw_zmq"] = found["raw ZeroMQ"]["wire"] / dense["wire"]
+    return found
+
+
+def compare(made: list[Any]) -> dict[str, Any]:
+    """The versions dense and as deltas, in turn."""
+    rows: dict[str, list[dict[str, float]]] = {"dense": [], "delta": []}
+    with Receiver("dense") as dense, Receiver("delta") as delta:
+        for number, (specs, buffer) in enumerate(made, start=1):
+            for way, receiver in (("dense", dense), ("delta", delta)):
+                row = receiver.update(number, specs, buffer.numpy().data)
+                if number > SETTLED:
+                    rows[way].append(row)
+    figures: dict[str, Any] = {way: _medians(rows[way]) for way in rows}
+    figures["delta_bytes"] = [row["bytes"] for row in rows["delta"]]
+    figures["changed"] = [
+        float((old.view(torch.int16) != new.view(torch.int16)).float().mean())
+        for (_, old), (_, new) in zip(made[SETTLED - 1 :], made[SETTLED:], strict=False)
+    ]
+    figures["smaller"] = figures["dense"]["bytes"] / figures["delta"]["bytes"]
+    figures["faster"] = figures["dense"]["total"] / figures["delta"]["total"]
+    return figures
+
+
+def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    found = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    totals = [sum(row.get(stage, 0.0) for stage in STAGES) for row in rows]
+    return found | {"total": statistics.median(totals)}
+
+
+class Receiver:
+    """A hub in a thread, and an actor's staging in a process that follows it."""
+
+    def __init__(self, way: str) -> None:
+        self.way = way
+        self.coder = DeltaCoder()
+        self.last: Snapshot | None = None
+
+    def __enter__(self) -> Receiver:
+        self.hub = Hub("127.0.0.1", 0)
+        self._offers: list[Any] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+        self._pipe, theirs = multiprocessing.get_context("spawn").Pipe()
+        endpoints = self.hub.work_endpoint, self.hub.bulk_endpoint, self.hub.news_endpoint
+        self._child = _start(_follow, f"bench-{self.way}-{os.getpid()}", *endpoints, theirs)
+        self._answer()  # it listens
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.send(None)
+        self._child.join(TIMEOUT_S)
+        self._stop.set()
+        self.hub.wake()
+        self._thread.join(TIMEOUT_S)
+
+    def _serve(self) -> None:
+        while not self._stop.is_set():
+            for _ in self.hub.poll(0.1):
+                pass
+            while self._offers:
+                snapshot, delta, sent = self._offers.pop(0)
+                sent.append(time.monotonic())
+                self.hub.announce(snapshot, delta)
+        self.hub.close()
+
+    def update(self, version: int, specs: Any, data: memoryview) -> dict[str, float]:
+        """One version: seconds of every stage, and bytes."""
+        began = time.monotonic()
+        snapshot = make_snapshot(version, version, specs, data)
+        delta = self.coder.encode(self.last, snapshot) if self.way == "delta" and self.last else None
+        encoded = time.monotonic()
+        self.last = snapshot
+        sent: list[float] = []
+        self._pipe.send(version)
+        self._offers.append((snapshot, delta, sent))
+        self.hub.wake()
+        heard, stages = self._answer()
+        wire = heard - sent[0] + stages.get("fetch", 0.0)
+        size = delta[0].nbytes if delta else snapshot.manifest.total_bytes
+        return {
+            "encode": encoded - began, "wire": wire, "decode": stages.get("decode", 0.0), "check": stages["check"],
+            "bytes": size,
+        }  # fmt: skip
+
+    def _answer(self) -> Any:
+        assert self._pipe.poll(TIMEOUT_S), f"the receiver of {self.way} gave no answer within {TIMEOUT_S:.0f} s"
+        return self._pipe.recv()
+
+
+def _follow(run: str, work: str, bulk: str, news: str, pipe: Connection) -> None:
+    async def follow() -> None:
+        link = Link(work, "bench", run)
+        link.open_weights(bulk, news)
+        staging = Staging(run)
+        welcome = Welcome(run, "", "bfloat16", 1, bulk, news, 1.0, 15.0, 0, 1, chunk_bytes=CHUNK_BYTES)
+        pipe.send(None)
+        serving = 0
+        while (version := await asyncio.to_thread(pipe.recv)) is not None:
+            heard = None
+            with contextlib.suppress(TimeoutError):  # the first subscription may come too late for the first news
+                heard = await asyncio.wait_for(link.news(), 2.0)
+            at = time.monotonic()
+            staged = await staging.bring(link, welcome, heard, version, serving)
+            assert staged is not None
+            staged.release()
+            serving = staged.manifest.version
+            pipe.send((at, staged.seconds))
+        staging.leave()
+        link.close()
+
+    asyncio.run(follow())
+
+
+# --- what it is compared with ---
 
 
 def raw_tcp(data: np.ndarray) -> float:
     """Seconds from the first byte to the receiver's word that it has all."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        child = _start(_receive_raw, server.getsockname()[1], len(data))
-        connection, _ = server.accept()
-        with connection:
-            began = time.perf_counter()
-            connection.sendall(data)
-            assert connection.recv(2) == b"ok"
-            seconds = time.perf_counter() - began
-        child.join(timeout=60)
-    return seconds
+    with _listening(_receive_raw, len(data)) as connection:
+        began = time.perf_counter()
+        connection.sendall(data)
+        assert connection.recv(2) == b"ok"
+        return time.perf_counter() - began
 
 
 def _receive_raw(port: int, total: int) -> None:
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        buffer = bytearray(SEND_BYTES)
+        buffer = bytearray(1 << 20)
         while total:
-            total -= connection.recv_into(buffer, min(SEND_BYTES, total))
+            total -= connection.recv_into(buffer, min(len(buffer), total))
         connection.sendall(b"ok")
 
 
-def update(snapshot: Any, number: int) -> dict[str, float]:
-    """One actor's fetch, staging and check, and the pull alone, as the actor measures them."""
-    hub = Hub("127.0.0.1", 0)
-    stop = threading.Event()
-
-    def serve() -> None:
-        hub.announce(snapshot)
-        while not stop.is_set():
-            for _ in hub.poll(0.1):
-                pass
-        hub.close()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    child = _start(_pull, hub.bulk_endpoint, hub.news_endpoint, hub.work_endpoint, number, theirs)
-    try:
-        assert ours.poll(120), "the puller gave no figures within 120 s"
-        figures: dict[str, float] = ours.recv()
-    finally:
-        stop.set()
-        hub.wake()
-        thread.join(timeout=10)
-        child.join(timeout=60)
-    return figures
-
-
-def _pull(bulk: str, news: str, work: str, number: int, result: Connection) -> None:
-    async def pull() -> dict[str, float]:
-        link = Link(work, "bench", f"{number}")
-        link.open_weights(bulk, news)
-        welcome = Welcome("bench", "", "bfloat16", 1, bulk, news, 1.0, 15.0, 0, 1)
-        staging = Staging("bench", "bench", f"{number}")
-        manifest: Manifest = await link.fetch_manifest()
+def raw_zmq(data: np.ndarray) -> float:
+    """The same through one ZeroMQ socket, in the chunks of a pull, without copies."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+        sock.linger = 0
+        sock.rcvtimeo = int(TIMEOUT_S * 1000)
+        port = sock.bind_to_random_port("tcp://127.0.0.1")
+        child = _start(_receive_zmq, port, len(data))
+        sock.recv()
         began = time.perf_counter()
-        await link.fetch(manifest, welcome.chunk_bytes, welcome.window, lambda offset, data: None)
-        pull_s = time.perf_counter() - began
-        staged = await staging.fetch(link, manifest, welcome)
-        staging.remove()
-        link.close()
-        return {"seconds": staged.seconds, "pull_s": pull_s}
+        view = memoryview(data)
+        for start in range(0, len(data), CHUNK_BYTES):
+            sock.send(view[start : start + CHUNK_BYTES], copy=False)
+        sock.recv()
+        seconds = time.perf_counter() - began
+        child.join(TIMEOUT_S)
+    return seconds
 
-    result.send(asyncio.run(pull()))
+
+def _receive_zmq(port: int, total: int) -> None:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
+        sock.connect(f"tcp://127.0.0.1:{port}")
+        sock.send(b"ready")
+        while total:
+            total -= len(sock.recv(copy=False).buffer)
+        sock.send(b"ok")
+
+
+def torch_save(state: dict[str, torch.Tensor]) -> dict[str, float]:
+    """What a script does: torch.save, one socket, torch.load. Nothing is checked."""
+    began = time.perf_counter()
+    file = io.BytesIO()
+    torch.save(state, file)
+    encoded = time.perf_counter()
+    data = file.getbuffer()
+    with _listening(_receive_and_load, len(data)) as connection:
+        sending = time.perf_counter()
+        connection.sendall(data)
+        decode = float(connection.recv(64))
+        seconds = time.perf_counter() - sending
+    return {"encode": encoded - began, "wire": seconds - decode, "decode": decode, "bytes": len(data)}
+
+
+def _receive_and_load(port: int, total: int) -> None:
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        buffer = memoryview(bytearray(total))
+        have = 0
+        while have < total:
+            have += connection.recv_into(buffer[have:])
+        began = time.perf_counter()
+        torch.load(io.BytesIO(buffer), weights_only=True)
+        connection.sendall(str(time.perf_counter() - began).encode())
+
+
+@contextlib.contextmanager
+def _listening(receiver: Any, total: int) -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(TIMEOUT_S)
+        child = _start(receiver, server.getsockname()[1], total)
+        connection, _ = server.accept()
+        connection.settimeout(TIMEOUT_S)
+        with connection:
+            yield connection
+        child.join(TIMEOUT_S)
 
 
 def _start(target: Any, *arguments: Any) -> Any:
-    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
     process.start()
     return process
+
+
+# --- the engine ---
+
+
+def pause() -> float:
+    """Median seconds that a real engine stands still to load a staged version, with nothing else to do."""
+    from actor.vllm_engine import VLLMEngine
+    from deploy.models import resolve_model
+    from protocol.messages import Manifest
+
+    model = resolve_model("bundled", lambda line: None)
+    path = next(model.glob("*.safetensors"))
+
+    async def load() -> float:
+        engine = VLLMEngine()
+        welcome = Welcome("bench", str(model), "bfloat16", 256, "", "", 1.0, 15.0, 0, 1, engine={"max_running": 8})
+        await engine.start(welcome)
+        try:
+            pauses = []
+            for version in range(1, 2 + ROUNDS):
+                pauses.append(await engine.load(Manifest(version, version, (), 0, ""), path))
+                await engine.generate(f"r{version}", (1, 2, 3), Sampling(max_tokens=4), 0, str(version))
+            return statistics.median(pauses[1:])
+        finally:
+            await engine.stop()
+
+    return asyncio.run(load())

@@ -6,6 +6,7 @@ process of its own, so that a broken package is a finding and not the end of the
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import importlib.util
 import os
@@ -23,7 +24,7 @@ from typing import Literal
 import psutil
 
 from deploy.models import bundled_dir, bundled_gguf, cache_dir
-from protocol.rundir import OWNER_FILE
+from protocol.rundir import OWNER_FILE, USERS_FILE
 
 Level = Literal["ok", "warn", "fail"]
 GIB = 1 << 30
@@ -296,9 +297,10 @@ def _places() -> tuple[Path, ...]:
 
 
 def stale_files(places: tuple[Path, ...] | None = None) -> list[Path]:
-    """Directories named tandem-* whose owner (the process in their `owner.pid`) is dead; only this user's.
+    """Directories named tandem-* whose owner (the process in their `owner.pid`) is dead, or whose `users.lock` nobody
+    holds any more; only this user's.
 
-    A directory without that file, or whose process id has been taken by another process, is left alone.
+    A directory without such a file, or whose process id has been taken by another process, is left alone.
     """
     directories = {path for place in places or _places() if place.is_dir() for path in place.glob("tandem-*")}
     return sorted(path for path in directories if _is_stale(path))
@@ -308,10 +310,21 @@ def _is_stale(directory: Path) -> bool:
     try:
         if directory.is_symlink() or directory.stat().st_uid != os.getuid():
             return False
+        if (directory / USERS_FILE).exists():
+            return not _is_locked(directory / USERS_FILE)
         pid = int((directory / OWNER_FILE).read_text())
     except (OSError, ValueError):
         return False
     return pid > 0 and not psutil.pid_exists(pid)
+
+
+def _is_locked(path: Path) -> bool:
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def clean_stale(places: tuple[Path, ...] | None = None) -> list[Path]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from actor.staging import engine_prefix
+from actor.staging import engine_prefix, safe_name
 from deploy.ray_cluster import GpuShares, ray_runtime, rollout_actors
 from protocol.config import Recipe
 from protocol.errors import DeadlineExceeded
@@ -207,6 +207,6 @@ class LearnerProcess:
 def remove_left_over(run: RunDir) -> None:
     """Remove what killed actors of this run left: staged weights, in shared memory or not, and engines' error files."""
     for place in ("/dev/shm", tempfile.gettempdir()):
-        names = (f"tandem-{run.label}-*", f"{engine_prefix(run.label)}*")
+        names = (f"tandem-{safe_name(run.label)}-*", f"{engine_prefix(run.label)}*")
         for directory in {found for name in names for found in Path(place).glob(name)}:
             shutil.rmtree(directory, ignore_errors=True)

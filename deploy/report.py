@@ -176,10 +176,18 @@ def _throughput(summary: dict[str, Any]) -> Table:
     )
     if summary.get("rollout_tokens"):
         table.add_row("end to end", f"{show('tokens_per_s', '{:.0f}')} completion tok/s")
-        table.add_row("lag", f"{show('lag_mean', '{:.2f}')} steps mean, {show('lag_max', '{:.0f}')} max")
+        lag = f"{show('lag_mean', '{:.2f}')} steps mean, {show('lag_max', '{:.0f}')} max"
+        table.add_row("lag", lag + _lags(summary))
     if (summary.get("actors") or {}).get("started"):
         _add_actors(table, summary)
     return table
+
+
+def _lags(summary: dict[str, Any]) -> str:
+    """Shares of the tokens by their lag in steps."""
+    tokens: dict[str, int] = summary.get("lag_tokens") or {}
+    shares = (f"{lag}: {count / sum(tokens.values()):.0%}" for lag, count in tokens.items())
+    return f"; of the tokens {', '.join(shares)}" if tokens else ""
 
 
 def _add_actors(table: Table, summary: dict[str, Any]) -> None:
@@ -193,6 +201,13 @@ def _add_actors(table: Table, summary: dict[str, Any]) -> None:
         f" {seconds(weights['seconds_p50'])} to fetch and check,"
         f" paused {seconds(weights['pause_seconds_p50'])} to swap (medians)",
     )
+    if weights.get("bytes_delta_p50"):
+        smaller = weights["bytes_dense"] / weights["bytes_delta_p50"]
+        table.add_row("deltas", f"{weights['bytes_delta_p50'] / 1e6:.2f} MB, 1/{smaller:.0f} of a snapshot (median)")
+    if (parity := summary.get("parity") or {}).get("checks"):
+        blind = f"; {parity['blind']:.0f} could not have seen one update" if parity["blind"] else ""
+        worst = f"{parity['worst_nats']:.2g} nats a token from the learner at most"
+        table.add_row("parity", f"{parity['checks']:.0f} probes of engines, {worst}{blind}")
     table.add_row(
         "tickets",
         f"{tickets['issued']} issued: "

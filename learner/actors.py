@@ -16,6 +16,7 @@ from typing import Any
 
 from learner.intake.dispatcher import Dispatcher
 from learner.intake.journal import Journal, read_failed, read_filtered, read_groups_with_offsets
+from learner.intake.probes import ProbeResult, Probes
 from learner.intake.server import ActorsSeen, IntakeServer
 from learner.intake.source import Source, WaitReporter
 from learner.methods.grpo import equal_rewards
@@ -63,10 +64,13 @@ class Actors:
         )
         self.run, self.versions = run, versions
         self.journal = Journal(run.journal, fsync=recipe.wire.journal_fsync)
-        self.server = IntakeServer(hub, dispatcher, self.journal, welcome, recipe.wire, rollout.straggler_s, vocabulary)
+        probes = Probes(recipe.parity_every, recipe.seed, vocabulary, recipe.model.max_model_len)
+        self.server = IntakeServer(
+            hub, dispatcher, self.journal, welcome, recipe.wire, rollout.straggler_s, vocabulary, probes
+        )
         self.server.newest_before = versions.next - 1
         self.source = Source(self.server, report, should_stop)
-        self.publisher = Publisher(versions, self.server.reserved, self.server.offer)
+        self.publisher = Publisher(versions, self.server.reserved, self.server.offer, recipe.weights.anchor_every)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Give the dispatcher what the checkpoint and the journal say of every ticket, before any actor is heard."""
@@ -118,6 +122,13 @@ class Actors:
             self.server.stop()
             self.journal.close()
 
+    def probed(self) -> list[ProbeResult]:
+        """Answers of actors to probes of their weights that nobody has looked at yet."""
+        with self.server.lock:
+            found = list(self.server.probes.results)
+            self.server.probes.results.clear()
+        return found
+
     def present(self) -> dict[str, int]:
         """Name -> process id of the actors that are connected."""
         with self.server.lock:
@@ -160,6 +171,7 @@ def welcome(recipe: Recipe, run: RunDir, model_path: Path, hub: Hub) -> Welcome:
         seed=recipe.seed,
         group_size=recipe.rollout.group_size,
         kv=recipe.weights.kv,
+        prefix_cache=recipe.weights.prefix_cache,
         chunk_bytes=recipe.weights.chunk_mib << 20,
         window=recipe.weights.window,
         grader_timeout_s=recipe.actor.grader_timeout_s,

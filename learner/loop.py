@@ -27,10 +27,12 @@ from learner.intake.source import Interrupted, StopFlag, TicketsFail
 from learner.methods import sft
 from learner.methods.epochs import Epochs
 from learner.methods.guard import Guard, Verdict
+from learner.methods.rollouts import LAG_TOKENS
 from learner.metrics import MetricsLog, Status
 from learner.model import load_model, share_cores
 from learner.optim import Optimizer, lr_at
 from learner.outcome import GuardStop
+from learner.parity import ParityGate
 from learner.publish import Versions
 from learner.reference import Reference
 from learner.state import RunState
@@ -44,6 +46,8 @@ from protocol.rundir import RunDir, write_json
 log = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 20.0
+PROBE_TIMEOUT_S = 60.0
+"""Longest wait for the first comparison of an engine with the model."""
 RATE_WINDOW_STEPS = 5
 BRANCH_SEEDS = 1 << 52
 """Keeps the seeds of two branches of a run apart."""
@@ -67,6 +71,7 @@ class Learner:
         self.versions = Versions(run.versions)
         self.guard = Guard(recipe.guard)
         self.reference = Reference(self.model, run.reference)
+        self.parity = ParityGate(self.model, recipe.weights)
         self.state = RunState()
         self.restored: dict[str, Any] | None = None
         self._restore()
@@ -235,6 +240,8 @@ class Learner:
         if source and (rolls_out or self.model.device.type != "cpu"):
             source.wait_for_actor(1, self.recipe.actor.start_timeout_s)
         if source and rolls_out:
+            source.wait_for_probe(PROBE_TIMEOUT_S)
+            self._compare_engines()
             source.resume_training()
         overlaps = self.recipe.rollout.max_lag > 0 if rolls_out else self.recipe.eval.every_steps > 0
         share_cores(self.recipe.learner, shared=bool(source) and self.model.device.type == "cpu" and overlaps)
@@ -282,6 +289,7 @@ class Learner:
                 raise
             return self.guard.broken(self.state.step + 1, str(error))
         verdict = self.guard.see(self.state.step, figures, self._trained()) if policy != "off" else Verdict()
+        figures |= self._compare_engines()
         if self.actors and not self._trained():
             figures |= self.evaluations.tick(self.state.step, self._current_version)
         self._report(figures | {"suspect_signals": float(len(verdict.suspect))}, recent)
@@ -298,9 +306,14 @@ class Learner:
         self.state.step = step + 1
         if source and self.recipe.method in ROLLOUT_METHODS:
             figures["version"] = self._publish()
+            figures |= self.actors.publisher.figures if self.actors else {}
             source.commit(step + 1, int(figures["version"]))
             self.state.lag_sum += figures["lag_mean"]
             self.state.lag_max = max(self.state.lag_max, figures["lag_max"])
+            for name, count in figures.items():
+                if name.startswith(LAG_TOKENS):
+                    lag = name.removeprefix(LAG_TOKENS)
+                    self.state.lag_tokens[lag] = self.state.lag_tokens.get(lag, 0) + int(count)
             self.state.rewards.append(figures["reward_mean"])
             self.state.rollout_tokens += int(figures["completion_tokens"])
         if figures.get("kept_completions") == 0.0:
@@ -412,6 +425,16 @@ class Learner:
 
     # --- versions and evaluations ---
 
+    def _compare_engines(self) -> dict[str, float]:
+        """Hold what actors computed against the model; figures of the last comparison. Raises ParityLost."""
+        figures: dict[str, float] = {}
+        for result in self.actors.probed() if self.actors else []:
+            since = self.state.step - self.versions.step_of(result.probe.version)
+            if (found := self.parity.check(result, max(0, since))) is not None:
+                figures = found.figures
+                self.state.count_parity(found.mean, found.sees is False)
+        return figures
+
     def _publish(self) -> int:
         assert self.actors is not None
         return self.actors.publish(self.model, self.state.step, self.state.branch)
@@ -428,6 +451,7 @@ class Learner:
     def _evaluate(self, name: str, version: int) -> None:
         if self.actors:
             self.evaluations.measure(name, version, self._take_timeout())
+            self._compare_engines()
 
     def _take_timeout(self) -> float:
         """Longest wait for a batch: every attempt of a straggler, and an engine's restart."""

@@ -37,6 +37,7 @@ KEPT_LOGITS = 128 * 2**20
 """Logits of one microbatch kept for backward (512 MiB in fp32); chunks beyond that are computed again instead."""
 SELF_CHECK_BOUND_NATS = 1e-3
 """Largest difference of one token's logprob, in fp32, between the packed path and the model's own forward."""
+CPU = torch.device("cpu")
 FAST_BF16_CPU = ("avx512_bf16", "amx_bf16", "bf16")
 
 
@@ -138,12 +139,23 @@ class PolicyModel:
             predicting, head.weight, getattr(head, "bias", None), packed.target_ids, packed.temperature, with_entropy
         )
 
-    def published_state(self) -> dict[str, Tensor]:
-        """The weights of a version: name -> contiguous tensor in `model.dtype` on the CPU.
+    def published_state(self, device: torch.device = CPU) -> dict[str, Tensor]:
+        """The weights of a version: name -> contiguous tensor in `model.dtype` on `device`.
 
         Names and order are those of `save_pretrained` (tied tensors once, no wrapper's prefixes). An immutable copy:
         training on does not change it.
         """
+        return {
+            name: tensor.to(device, self.published_dtype(tensor), copy=True).contiguous()
+            for name, tensor in self.live_state().items()
+        }
+
+    def published_dtype(self, tensor: Tensor) -> torch.dtype:
+        """The type in which one of the model's tensors is published."""
+        return self.publish_dtype if tensor.is_floating_point() else tensor.dtype
+
+    def live_state(self) -> dict[str, Tensor]:
+        """The tensors of `published_state` as they are: master weights, no copies."""
         tied = set(getattr(self.network, "all_tied_weights_keys", None) or ())
         state: dict[str, Tensor] = {}
         seen: set[int] = set()
@@ -154,8 +166,7 @@ class PolicyModel:
             if tensor.data_ptr() in seen and tensor.numel():
                 continue
             seen.add(tensor.data_ptr())
-            dtype = self.publish_dtype if tensor.is_floating_point() else tensor.dtype
-            state[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+            state[name] = tensor.detach()
         return dict(revert_weight_conversion(self.network, state))
 
     def export(self, directory: Path, tokenizer: Any) -> None:

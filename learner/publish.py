@@ -1,4 +1,4 @@
-"""State dict -> versions. Takes an immutable copy and returns; digests and announcement happen behind it.
+"""State dict -> versions. Takes an immutable copy and returns; digests, delta and announcement happen behind it.
 
 A version number is reserved on disk before anybody hears of it, so that no number ever names two sets of bytes,
 not even across a crash. Called by `loop.py` between two steps.
@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+import time
+import weakref
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from learner.device_copy import Change, DeviceCopy, write
+from protocol.deltas import DeltaCoder
 from protocol.errors import DeadlineExceeded
+from protocol.messages import Delta, TensorSpec
 from protocol.rundir import cut_torn_line, read_jsonl
-from protocol.tensors import dtype_name, tensor_view
+from protocol.tensors import dtype_name, nbytes, tensor_view
 from protocol.weights import Snapshot, layout, make_snapshot
 
 if TYPE_CHECKING:
@@ -25,6 +32,10 @@ if TYPE_CHECKING:
 
 ANNOUNCE_S = 120.0
 """Longest that digests and the announcement of one version may take."""
+
+
+Flat = tuple[tuple[TensorSpec, ...], torch.Tensor, list[np.ndarray | None] | None]
+"""Specs, flat uint8 host buffer, and what changed in it since the last version, where that is known."""
 
 
 class Versions:
@@ -78,47 +89,132 @@ class Versions:
         return len(self._steps)
 
 
-def flatten(state: dict[str, torch.Tensor]) -> tuple[tuple, torch.Tensor]:
-    """Specs and one flat uint8 CPU buffer with a copy of every tensor, in order."""
-    specs = layout((name, dtype_name(tensor), tuple(tensor.shape)) for name, tensor in state.items())
-    buffer = torch.empty(sum(tensor.nbytes for tensor in state.values()), dtype=torch.uint8)
-    for spec, tensor in zip(specs, state.values(), strict=True):
-        tensor_view(spec, buffer).copy_(tensor)
+def flatten(state: dict[str, torch.Tensor]) -> tuple[tuple[TensorSpec, ...], torch.Tensor]:
+    """Specs and one flat uint8 CPU buffer with a copy of every tensor, in their order."""
+    specs = layout((name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items())
+    buffer = torch.empty(sum(map(nbytes, specs)), dtype=torch.uint8)
+    for spec in specs:
+        tensor_view(spec, buffer).copy_(state[spec.name])
     return specs, buffer
 
 
+class Buffers:
+    """Flat host buffers that are used again when nobody refers to a version's bytes any more, the network's threads
+    included: fresh memory costs a page fault every 4 KiB, several times what copying the weights does."""
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+
+    def take(self, size: int) -> torch.Tensor:
+        """A flat uint8 buffer of `size` bytes with anything in it."""
+        while self._free:
+            if (buffer := self._free.pop()).numel() == size:
+                return buffer
+        return torch.empty(size, dtype=torch.uint8)
+
+    def lend(self, buffer: torch.Tensor) -> memoryview:
+        """The buffer's bytes. It comes back when they, and all parts of them, are gone."""
+        array = buffer.numpy()
+        weakref.finalize(array, self._free.append, buffer)
+        return array.data
+
+
 class Publisher:
-    """Announces the model's weights as versions through `announce`."""
+    """Announces the model's weights as versions through `announce`.
+
+    The last version is kept for the difference: one copy of the model in `model.dtype` on the host, which is also what
+    snapshots are served from; of a model on a GPU another one there. A second copy is the version being made.
+    """
 
     def __init__(
-        self, versions: Versions, reserve: Callable[[int, int], None], announce: Callable[[Snapshot], None]
+        self,
+        versions: Versions,
+        reserve: Callable[[int, int], None],
+        announce: Callable[[Snapshot, tuple[Delta, bytes] | None], None],
+        anchor_every: int = 0,
     ) -> None:
-        """`reserve(step, version)` tells the dispatcher at once, `announce(snapshot)` sends it when it is ready."""
+        """`reserve(step, version)` tells the dispatcher at once, `announce(snapshot, delta)` sends it when it is ready.
+
+        `anchor_every`: every so many versions no delta is made, so that everybody pulls a snapshot; 0: never."""
         self.versions = versions
+        self.anchor_every = anchor_every
         self._reserve = reserve
         self._announce = announce
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._pending: Future[None] | None = None
+        self._coder = DeltaCoder()
+        self._device = DeviceCopy()
+        self._buffers = Buffers()
+        self._last: Snapshot | None = None
         self.published = 0
         self.bytes_dense = 0
         """Bytes of one dense version."""
+        self.delta_bytes: deque[int] = deque(maxlen=1000)
+        """Of the payloads of the last deltas."""
+        self.encode_s: deque[float] = deque(maxlen=1000)
+        """Seconds that digests and delta of the last versions took, behind the training."""
+        self.publish_s: deque[float] = deque(maxlen=1000)
+        """Seconds that training stood still for the last versions."""
 
     def publish(self, model: PolicyModel, step: int, branch: int = 0) -> int:
         """Publish the weights after `step` steps; returns the version. The model may be changed when this returns.
 
         Raises what the publication before this one raised behind the caller's back.
         """
+        began = time.perf_counter()
         self.wait()
         version = self.versions.reserve(step, branch)
-        specs, buffer = flatten(model.published_state())
-        self.bytes_dense = buffer.numel()
+        flat = self._copy(model)
         self._reserve(step, version)
-        self._pending = self._worker.submit(self._finish, version, step, branch, specs, buffer)
+        self._pending = self._worker.submit(self._finish, version, step, branch, flat)
         self.published += 1
+        self.publish_s.append(time.perf_counter() - began)
         return version
 
-    def _finish(self, version: int, step: int, branch: int, specs: tuple, buffer: torch.Tensor) -> None:
-        self._announce(make_snapshot(version, step, specs, buffer.numpy().data, branch))
+    def _copy(self, model: PolicyModel) -> Callable[[], Flat]:
+        """A function that gives the weights of this moment as one flat buffer, to be called behind the training."""
+        live = model.live_state()
+        specs = layout(
+            (name, dtype_name(model.published_dtype(tensor)), tuple(tensor.shape)) for name, tensor in live.items()
+        )
+        self.bytes_dense = sum(map(nbytes, specs))
+        if model.device.type != "cpu":
+            changes = self._device.advance(model.published_state(model.device))
+            return lambda: self._assemble(specs, changes)
+        buffer = self._buffers.take(self.bytes_dense)
+        for spec in specs:
+            tensor_view(spec, buffer).copy_(live[spec.name])
+        return lambda: (specs, buffer, None)
+
+    def _assemble(self, specs: tuple[TensorSpec, ...], changes: dict[str, Change]) -> Flat:
+        """The last version with what has changed on the device since."""
+        buffer = self._buffers.take(self.bytes_dense)
+        if self._last is not None and self._last.manifest.total_bytes == self.bytes_dense:
+            buffer.copy_(torch.frombuffer(self._last.data, dtype=torch.uint8))
+        for spec in specs:
+            write(changes[spec.name], buffer[spec.offset : spec.offset + nbytes(spec)])
+        found = [changes[spec.name][0] for spec in specs]
+        return specs, buffer, [None if indices is None else indices.numpy() for indices in found]
+
+    def _finish(self, version: int, step: int, branch: int, flat: Callable[[], Flat]) -> None:
+        began = time.perf_counter()
+        specs, buffer, changed = flat()
+        snapshot = make_snapshot(version, step, specs, self._buffers.lend(buffer), branch)
+        last, self._last = self._last, snapshot
+        is_anchor = self.anchor_every and version % self.anchor_every == 0
+        delta = self._coder.encode(last, snapshot, changed) if last and not is_anchor else None
+        self.encode_s.append(time.perf_counter() - began)
+        if delta:
+            self.delta_bytes.append(len(delta[1]))
+        self._announce(snapshot, delta)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Of the newest version for the step's metrics; its delta is still being made, so that is the one before's."""
+        figures = {"publish_s": self.publish_s[-1]}
+        if self.delta_bytes:
+            figures |= {"delta_bytes": float(self.delta_bytes[-1]), "encode_s": self.encode_s[-1]}
+        return figures
 
     def wait(self) -> None:
         """Wait until the last version is announced; raises what went wrong with it."""

@@ -49,6 +49,10 @@ class RunState:
     """What went through forward and backward."""
     lag_sum: float = 0.0
     lag_max: float = 0.0
+    lag_tokens: dict[str, int] = field(default_factory=dict)
+    """Lag in steps -> tokens that were trained on with it."""
+    parity: dict[str, float] = field(default_factory=lambda: {"checks": 0, "blind": 0, "worst_nats": 0.0})
+    """Comparisons of engines with the model, how many of them could not have seen an update, the largest mean."""
     train_s: float = 0.0
     """Seconds inside gradient steps."""
     training_s: float = 0.0
@@ -56,6 +60,15 @@ class RunState:
     wall_s: float = 0.0
     earlier: dict[str, Any] = field(default_factory=dict)
     """What the hub counted in the processes before this one (`summary.process_totals`)."""
+
+    def count_parity(self, nats: float, blind: bool) -> None:
+        """One more comparison of an engine with the model."""
+        before = self.parity
+        self.parity = {
+            "checks": before["checks"] + 1,
+            "blind": before["blind"] + blind,
+            "worst_nats": max(before["worst_nats"], nats),
+        }
 
     def as_json(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,16 @@ def run_summary(recipe: Recipe, state: RunState, actors: Actors | None, versions
     `token_budget` (those and filtered ones; of sft and dpo the trained ones), `tokens_per_s` is over the wall time of
     these steps: end to end. `rollout_tokens_per_s` is what the actors draw while they generate, `learner_tokens_per_s`
     what goes through forward and backward (`learner_tokens`; completions of zero advantage are left out) over the time
-    inside gradient steps. `weights.seconds_p50` is an actor's fetch, check and staging of a version,
-    `pause_seconds_p50` the time that its generation stood still. Medians are of the present process; everything else is
-    of the whole run, resumed or not. A run without actors has zeros and nulls there. `branch` counts the rollbacks that
-    lie behind the surviving steps, `lr_scale` is what they have made of the learning rate.
+    inside gradient steps. Of a version `weights.publish_seconds_p50` is how long training stood still for it,
+    `encode_seconds_p50` what digests and delta took behind that, `seconds_p50` an actor's fetch, decoding and check,
+    `pause_seconds_p50` the time that its generation stood still. `lag_tokens`: lag in steps -> tokens trained on.
+    `parity`: comparisons of engines with the model, in nats a token; `blind` ones could not have seen one update.
+    Medians are of the present process; everything else is of the whole run, resumed or not. A run without actors has
+    zeros and nulls there. `branch` counts the rollbacks that lie behind the surviving steps, `lr_scale` is what they
+    have made of the learning rate.
     """
     evals, rewards, process = state.evals, state.rewards, process_totals(state, actors)
-    server = actors.server if actors else None
+    server, publisher = (actors.server, actors.publisher) if actors else (None, None)
     reward = {name: result["reward"] for name, result in evals.items()}
     return {
         "name": recipe.name,
@@ -56,13 +60,18 @@ def run_summary(recipe: Recipe, state: RunState, actors: Actors | None, versions
         "learner_tokens_per_s": _rate(state.learner_tokens, state.train_s),
         "lag_mean": state.lag_sum / len(rewards) if rewards else None,
         "lag_max": state.lag_max,
+        "lag_tokens": dict(sorted(state.lag_tokens.items(), key=lambda item: int(item[0]))),
+        "parity": state.parity,
         "tickets": _tickets(server),
         "weights": {
             "versions": len(versions),
-            "bytes_dense": actors.publisher.bytes_dense if actors else 0,
+            "bytes_dense": publisher.bytes_dense if publisher else 0,
+            "bytes_delta_p50": _median(publisher.delta_bytes if publisher else ()),
             "bytes_sent": process["bytes_sent"],
-            "seconds_p50": median(server.swap_fetches) if server and server.swap_fetches else None,
-            "pause_seconds_p50": median(server.swap_pauses) if server and server.swap_pauses else None,
+            "publish_seconds_p50": _median(publisher.publish_s if publisher else ()),
+            "encode_seconds_p50": _median(publisher.encode_s if publisher else ()),
+            "seconds_p50": _median(server.swap_fetches if server else ()),
+            "pause_seconds_p50": _median(server.swap_pauses if server else ()),
         },
         "actors": {
             "started": process["started"],
@@ -96,6 +105,10 @@ def process_totals(state: RunState, actors: Actors | None) -> dict[str, Any]:
         "max": max(totals.max, earlier.get("max", 0)),
         "seen": asdict(actors.seen() if actors else ActorsSeen()),
     }
+
+
+def _median(values: Collection[float]) -> float | None:
+    return median(values) if values else None
 
 
 def _rate(count: float, seconds: float) -> float | None:

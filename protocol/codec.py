@@ -24,12 +24,17 @@ from protocol.errors import MalformedFrame, OversizedFrame, UnknownVersion
 MAGIC = b"TNDM"
 PREAMBLE_BYTES = len(MAGIC) + 1
 
-FROM_ACTOR = (m.Hello, m.Heartbeat, m.Group, m.Failed, m.Goodbye, m.ManifestRequest, m.ChunkRequest)
+FROM_ACTOR = (m.Hello, m.Heartbeat, m.Group, m.Failed, m.Goodbye, m.Probed, m.UpdateRequest, m.ChunkRequest)
 FROM_LEARNER = (
-    m.Welcome, m.Rehello, m.Refused, m.Ticket, m.Ack, m.Beat, m.Cancel, m.Drain, m.Manifest, m.Chunk, m.Gone,
+    m.Welcome, m.Rehello, m.Refused, m.Ticket, m.Ack, m.Beat, m.Probe, m.Cancel, m.Drain, m.Update, m.Chunk, m.Gone,
 )  # fmt: skip
 
-BUFFER_FIELDS: dict[type, tuple[str, ...]] = {m.Group: ("token_ids", "logprobs", "mask"), m.Chunk: ("data",)}
+BUFFER_FIELDS: dict[type, tuple[str, ...]] = {
+    m.Group: ("token_ids", "logprobs", "mask"),
+    m.Chunk: ("data",),
+    m.Update: ("payload",),
+    m.Probed: ("token_ids", "logprobs"),
+}
 GROUP_ITEM_BYTES = (4, 4, 1)
 """Bytes of one token in each of a group's buffers: int32, float32, uint8."""
 
@@ -100,6 +105,10 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], frames: Sequence[Frame], limi
         message = msgspec.structs.replace(message, **dict(zip(names, frames[1:], strict=True)))
     if isinstance(message, m.Group):
         _check_group(message)
+    if isinstance(message, m.Probed):
+        found, count = (len(message.token_ids), len(message.logprobs)), sum(message.num_tokens)
+        if min(message.num_tokens, default=0) < 0 or found != (4 * count, 4 * count):
+            raise MalformedFrame(f"probe of {count} tokens with buffers of {found} bytes")
     return message
 
 

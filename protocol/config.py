@@ -46,7 +46,8 @@ RESUMABLE_KEYS = (
     "checkpoint.every_steps", "checkpoint.keep", "actor.count", "actor.max_running", "actor.kv_cache_gib",
     "actor.threads", "actor.gpus", "learner.microbatch_tokens", "learner.packing", "learner.threads",
     "learner.device", "wire.port", "eval.examples_shown", "eval.every_steps", "eval.share", "guard.policy",
-    "guard.lr_factor", "guard.max_rollbacks",
+    "guard.lr_factor", "guard.max_rollbacks", "weights.chunk_mib", "weights.window", "weights.parity",
+    "weights.parity_every", "weights.parity_nats", "weights.anchor_every",
 )  # fmt: skip
 """Keys that `--resume` may change: none of them alters what the finished steps meant."""
 
@@ -239,6 +240,11 @@ class Recipe(Section):
             )
 
     def _check_sizes(self) -> None:
+        if self.method == "grpo" and self.grpo.max_token_lag >= self.rollout.max_lag:
+            raise ValueError(
+                f"grpo.max_token_lag: found {self.grpo.max_token_lag}, allowed: -1 (off), or less than"
+                f" rollout.max_lag = {self.rollout.max_lag} (no token is older)"
+            )
         if self.weights.chunk_mib > self.wire.max_frame_mib:
             raise ValueError(
                 f"weights.chunk_mib: found {self.weights.chunk_mib}, allowed: at most wire.max_frame_mib ="
@@ -254,6 +260,11 @@ class Recipe(Section):
     def needs_actors(self) -> bool:
         """Whether anything is to be drawn from the model at all."""
         return self.method not in OFFLINE_METHODS or self.eval.wanted
+
+    @property
+    def parity_every(self) -> int:
+        """Versions from one probe of an actor to the next; 0: none. The fake engine's logprobs are of no model."""
+        return 0 if self.weights.parity == "off" or self.actor.engine == "fake" else self.weights.parity_every
 
     @property
     def eval_sampling_tokens(self) -> int:

@@ -1,262 +1,275 @@
-"""A tensor's bytes as its difference from a base. Pure functions over byte buffers; no torch, no socket.
+"""A version of the weights as its difference from the one before. Over byte buffers; no torch, no socket.
 
-Three encodings, of which the smallest is sent for each tensor:
+For each tensor the smallest of four encodings is taken:
 
-    delta   which elements' bits changed, as gaps between their places, and how far their bits moved
-    zstd    all bytes, cut into planes (all first bytes, all second ones, ...)
+    delta   where elements' bits changed, and by how much (`coding.py`); many tensors of one type share one such part
+    moves   by how much every element's bits changed: for a tensor of which most did
+    zstd    all bytes, compressed
     dense   the bytes as they are
 
-Gaps and moves are cut into planes too, and zstandard codes each plane by entropy. Bits are compared, not values: NaNs,
-their payloads and the sign of zero are kept. A move is the difference of two bit patterns as integers, modulo their
-width; it means something to one base only, and who applies it must know by digest that it has that base.
-
-An update of a size that hardly depends on the weight (Adam's) changes nearly every small float and hardly any large
-one, whose neighbours lie further apart. So the elements are two classes, below and above a threshold of magnitude, and
-places are counted within each: both sides have the base, and with it the classes.
+It is lossless, and means something to one base only: `Delta` names that base and the version it makes by the digests of
+their manifests. Used by the publisher (`encode`) and by actors (`decode`).
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
-import zstandard
+import xxhash
 
+from protocol import coding
+from protocol.coding import SmallElements
 from protocol.errors import WeightsError
+from protocol.messages import Delta, DeltaPart, TensorSpec
+from protocol.tensors import item_bytes, nbytes
+from protocol.weights import Snapshot, num_threads
 
-LEVEL = 1
-"""Of zstandard: what can be won here is entropy, which every level codes alike; higher ones look for repetitions."""
-BLOCK_BYTES = 1 << 20
-"""Looked at once: bounds the memory for indices, and stays in the cache."""
-SAMPLE = 1 << 14
-"""Elements of a tensor from which its distribution of magnitudes is estimated."""
-WORTH_SHARE = 0.8
-"""Share of the estimated bytes below which a second class is worth the pass over all elements."""
+RUN_BYTES = 16 << 20
+"""Tensors of one type that follow each other are coded together up to about so many bytes."""
 SURELY_SMALLEST = 1 / 8
-"""Share of the dense bytes up to which a delta is taken without measuring what zstandard makes of all bytes."""
-PART = struct.Struct("<QBB")
-"""Elements, planes of gaps, planes of moves."""
-LENGTH = struct.Struct("<Q")
+"""Share of changed elements up to which nothing but a delta is tried: it takes a fifth of the dense bytes at most."""
+MOST_PLACES = 1 / 4
+"""Share of changed elements up to which a delta is tried: bounds the memory for indices."""
 
 Bytes = bytes | memoryview
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-def encode(base: memoryview, new: memoryview, itemsize: int) -> tuple[str, Bytes]:
-    """(encoding, payload) of a tensor's `new` bytes. An unchanged tensor is an empty delta.
+@dataclass(frozen=True)
+class Run:
+    """Tensors [first, first + count) of a version, all of one type: bytes [start, stop)."""
 
-    Raises ValueError if the two are not as long, or not whole elements.
+    first: int
+    count: int
+    start: int
+    stop: int
+    itemsize: int
+
+    def bits(self, data: memoryview) -> np.ndarray:
+        """The elements of the run in a version's buffer, as unsigned integers."""
+        return np.frombuffer(data[self.start : self.stop], f"<u{self.itemsize}")
+
+
+Coded = list[tuple[DeltaPart, Bytes]]
+
+
+class DeltaCoder:
+    """Encodes or decodes deltas, one after the other along the versions; the work is shared out to threads.
+
+    It remembers where the small elements of the version are that it saw last, which spares a pass over everything.
     """
-    if len(base) != len(new) or len(new) % itemsize:
-        raise ValueError(f"{len(base)} and {len(new)} bytes, expected as many, in elements of {itemsize}")
-    delta = encode_delta(base, new, itemsize)
-    if len(delta) <= SURELY_SMALLEST * len(new):
-        return "delta", delta
-    found: dict[str, Bytes] = {"delta": delta, "dense": new, "zstd": _pack(_planes(_bits(new, itemsize)))}
-    encoding = min(found, key=lambda name: len(found[name]))
-    return encoding, found[encoding]
+
+    def __init__(self, threads: int = 0) -> None:
+        """`threads`: 0 for as many as are of use."""
+        self.threads = threads or num_threads()
+        self._small: dict[tuple[int, int], SmallElements] = {}
+        self._at = ""
+        """Manifest digest of the version that `_small` is of."""
+
+    def encode(
+        self, base: Snapshot, new: Snapshot, changed: Sequence[np.ndarray | None] | None = None
+    ) -> tuple[Delta, bytes] | None:
+        """The delta from one version to another and its payload; None if the tensors are not the same ones, or if it
+        would be as large as a snapshot.
+
+        `changed`, if the caller knows: of each tensor the ascending indices of its changed elements, or None for one
+        of which more than MOST_PLACES have changed.
+        """
+        specs = new.manifest.tensors
+        if [(s.name, s.dtype, s.shape) for s in base.manifest.tensors] != [(s.name, s.dtype, s.shape) for s in specs]:
+            return None
+        self._go_to(base.manifest.digest, new.manifest.digest)
+        try:
+            found = self._map(lambda run: self._encode_run(run, specs, base.data, new.data, changed), list(runs(specs)))
+        except BaseException:
+            self._at = ""
+            raise
+        coded = [part for run in found for part in run]
+        self._keep(part for part, _ in coded)
+        payload = b"".join(data for _, data in coded)
+        if len(payload) >= new.manifest.total_bytes:
+            return None
+        delta = Delta(
+            version=new.manifest.version,
+            base=base.manifest.version,
+            base_digest=base.manifest.digest,
+            digest=new.manifest.digest,
+            parts=tuple(part for part, _ in coded),
+            nbytes=len(payload),
+            payload_digest=payload_digest(payload),
+        )
+        return delta, payload
+
+    def decode(
+        self, delta: Delta, payload: Bytes, specs: Sequence[TensorSpec], target: memoryview
+    ) -> list[tuple[Run, np.ndarray | None]]:
+        """Make `target`, the bytes of `delta.base`, those of `delta.version`, in place.
+
+        Returns each part's run of tensors with the indices of its changed elements; None where all may have changed.
+        Raises WeightsError for a payload that does not have the delta's digest (then nothing was written) or cannot be
+        one of these tensors (then `target` may be anything). Whoever calls it knows by `delta.base_digest` that
+        `target` is the base, and compares the digests of all tensors afterwards.
+        """
+        payload = memoryview(payload)
+        check_payload(delta, payload)
+        self._go_to(delta.base_digest, delta.digest)
+        try:
+            work = list(_parts(delta, payload, specs))
+            changed = self._map(lambda item: self._decode_part(item[0], item[1], item[2], target), work)
+            self._keep(delta.parts)
+        except BaseException:
+            self._at = ""
+            raise
+        return [(run, indices) for (run, _, _), indices in zip(work, changed, strict=True)]
+
+    def _go_to(self, base: str, new: str) -> None:
+        if self._at != base:
+            self._small.clear()
+        self._at = new
+
+    def _keep(self, parts: Iterable[DeltaPart]) -> None:
+        """Forget what was not followed: the classes of all runs but those that `parts` has as deltas."""
+        first, kept = 0, {}
+        for part in parts:
+            if part.encoding == "delta":
+                kept[first, part.tensors] = self._small_of(first, part.tensors)
+            first += part.tensors
+        self._small = kept
+
+    def _map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """[function(item)], side by side."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(function, items)) if self.threads > 1 else [function(item) for item in items]
+
+    # --- one run of tensors ---
+
+    def _encode_run(
+        self,
+        run: Run,
+        specs: Sequence[TensorSpec],
+        base: memoryview,
+        new: memoryview,
+        changed: Sequence[np.ndarray | None] | None,
+    ) -> Coded:
+        """The run as one delta; its tensors one by one if too much of any has changed."""
+        old, now = run.bits(base), run.bits(new)
+        if changed is None:
+            indices = coding.changed(old, now, at_most=int(MOST_PLACES * len(old)))
+        else:
+            indices = _joined(run, specs, changed)
+        if indices is not None and _is_sparse(run, specs, indices):
+            return [self._delta_part(run, old, now, indices)]
+        if run.count > 1:
+            singles = (_run(specs, first, 1) for first in _tensors(run))
+            return [part for single in singles for part in self._encode_run(single, specs, base, new, changed)]
+        return [self._smallest(run, old, now, indices, new[run.start : run.stop])]
+
+    def _delta_part(self, run: Run, old: np.ndarray, now: np.ndarray, indices: np.ndarray) -> tuple[DeltaPart, Bytes]:
+        payload = coding.encode_changes(old, now, indices, self._small_of(run.first, run.count))
+        return DeltaPart(run.count, "delta", len(payload)), payload
+
+    def _smallest(
+        self, run: Run, old: np.ndarray, now: np.ndarray, indices: np.ndarray | None, dense: memoryview
+    ) -> tuple[DeltaPart, Bytes]:
+        """The smallest encoding of one tensor, by measured size."""
+        found: dict[str, Bytes] = {
+            "dense": dense,
+            "zstd": coding.pack(coding.planes(now)),
+            "moves": coding.pack(coding.planes(coding.zigzag(now - old))),
+        }
+        if indices is not None:
+            found["delta"] = self._delta_part(run, old, now, indices)[1]
+        encoding = min(found, key=lambda name: len(found[name]))
+        return DeltaPart(1, encoding, len(found[encoding])), found[encoding]
+
+    def _decode_part(self, run: Run, encoding: str, payload: memoryview, target: memoryview) -> np.ndarray | None:
+        bits = run.bits(target)
+        if encoding == "delta":
+            return coding.apply_changes(payload, bits, self._small_of(run.first, run.count))
+        if encoding == "dense" and len(payload) == bits.nbytes:
+            bits[:] = np.frombuffer(payload, bits.dtype)
+        elif encoding in ("zstd", "moves"):
+            planes, rest = coding.unpack(payload, run.itemsize, len(bits))
+            coding.end(rest)
+            values = coding.join(planes, bits.dtype, len(bits))
+            bits[:] = values if encoding == "zstd" else bits + coding.unzigzag(values)
+        else:
+            raise WeightsError(f"{len(payload)} bytes of encoding {encoding!r} for {bits.nbytes} bytes of tensors")
+        return None
+
+    def _small_of(self, first: int, count: int) -> SmallElements:
+        return self._small.setdefault((first, count), SmallElements())
 
 
-def apply(encoding: str, payload: memoryview, target: memoryview, itemsize: int) -> None:
-    """Make `target`, which holds the base's bytes, the new ones, in place.
-
-    Raises WeightsError for what cannot be a payload of this tensor; `target` may be anything then.
-    """
-    bits = _bits(target, itemsize)
-    if encoding == "dense" and len(payload) == len(target):
-        target[:] = payload
-    elif encoding == "zstd":
-        planes, rest = _unpack(payload, itemsize, len(bits))
-        _end(rest)
-        bits[:] = _join(planes, bits.dtype, len(bits))
-    elif encoding == "delta":
-        _apply_delta(payload, bits)
-    else:
-        raise WeightsError(f"{len(payload)} bytes of encoding {encoding!r} for a tensor of {len(target)}")
+def payload_digest(payload: Bytes) -> str:
+    """xxh3-128 of a delta's payload, hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(payload)
 
 
-# --- delta ---
+def check_payload(delta: Delta, payload: Bytes) -> None:
+    """Raise WeightsError unless these are the bytes that the delta describes."""
+    if len(payload) != delta.nbytes or payload_digest(payload) != delta.payload_digest:
+        raise WeightsError(f"delta of version {delta.version}: {len(payload)} bytes with a wrong digest")
 
 
-def encode_delta(base: memoryview, new: memoryview, itemsize: int) -> bytes:
-    """threshold, then a part for each class: [count, planes] and the planes of gaps and moves."""
-    old, now = _bits(base, itemsize), _bits(new, itemsize)
-    indices = changed(old, now)
-    if not len(indices):
-        return b""
-    before = old[indices]
-    moves = _zigzag(now[indices] - before)
-    threshold = _choose_threshold(old, before)
-    is_small = (before << 1) < threshold
-    places = np.searchsorted(_small(old, threshold), indices[is_small])
-    small = _encode_part(places, moves[is_small])
-    return LENGTH.pack(threshold) + small + _encode_part(indices[~is_small], moves[~is_small])
+def runs(specs: Sequence[TensorSpec]) -> Iterator[Run]:
+    """All tensors of a version in runs of one type and about RUN_BYTES; a larger tensor is a run of its own."""
+    first = 0
+    while first < len(specs):
+        count, size = 1, nbytes(specs[first])
+        for spec in specs[first + 1 :]:
+            if spec.dtype != specs[first].dtype or size + nbytes(spec) > RUN_BYTES:
+                break
+            count, size = count + 1, size + nbytes(spec)
+        yield _run(specs, first, count)
+        first += count
 
 
-def _apply_delta(payload: memoryview, bits: np.ndarray) -> None:
-    if not payload:
-        return
-    threshold, rest = _take(LENGTH, payload)
-    small = _small(bits, threshold[0])
-    places, small_moves, rest = _decode_part(rest, len(small), bits.dtype)
-    indices, moves, rest = _decode_part(rest, len(bits), bits.dtype)
-    _end(rest)
-    bits[small[places]] += small_moves
-    bits[indices] += moves
+def _run(specs: Sequence[TensorSpec], first: int, count: int) -> Run:
+    last = specs[first + count - 1]
+    return Run(first, count, specs[first].offset, last.offset + nbytes(last), item_bytes(last))
 
 
-def changed(old: np.ndarray, now: np.ndarray) -> np.ndarray:
-    """[changed] int64, ascending: indices of the elements whose bits differ."""
-    found = [start + _changed(old[part], now[part]) for start, part in _blocks(old)]
-    return np.concatenate(found) if found else np.zeros(0, np.int64)
+def _joined(run: Run, specs: Sequence[TensorSpec], changed: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Indices within the run from those within its tensors; None if those of any tensor are too many to be known."""
+    found = [np.zeros(0, np.int64)]
+    for n in _tensors(run):
+        indices = changed[n]
+        if indices is None:
+            return None
+        found.append(indices + (specs[n].offset - run.start) // run.itemsize)
+    return np.concatenate(found)
 
 
-def _changed(old: np.ndarray, now: np.ndarray) -> np.ndarray:
-    """Of one block: words of eight bytes are compared first, then the elements of those that differ."""
-    per_word = 8 // old.itemsize
-    whole = len(old) // per_word * per_word
-    words = np.flatnonzero(old[:whole].view("<u8") != now[:whole].view("<u8"))
-    if len(words) > whole // per_word // 4:
-        return np.flatnonzero(old != now)
-    inside = (words[:, None] * per_word + np.arange(per_word)).ravel()
-    candidates = np.concatenate([inside, np.arange(whole, len(old))])
-    return candidates[old[candidates] != now[candidates]]
+def _is_sparse(run: Run, specs: Sequence[TensorSpec], indices: np.ndarray) -> bool:
+    """Whether no tensor of the run has more changed elements than a delta is surely the smallest for."""
+    ends = [(specs[n].offset + nbytes(specs[n]) - run.start) // run.itemsize for n in _tensors(run)]
+    counts = np.diff(np.searchsorted(indices, ends), prepend=0)
+    sizes = np.diff(ends, prepend=0)
+    return bool((counts <= SURELY_SMALLEST * sizes).all())
 
 
-def _small(bits: np.ndarray, threshold: int) -> np.ndarray:
-    """Ascending indices of the elements whose bits without the sign, times 2, lie below the threshold."""
-    if not threshold:
-        return np.zeros(0, np.int64)
-    return np.concatenate([start + np.flatnonzero((bits[part] << 1) < threshold) for start, part in _blocks(bits)])
+def _tensors(run: Run) -> range:
+    return range(run.first, run.first + run.count)
 
 
-def _choose_threshold(old: np.ndarray, before: np.ndarray) -> int:
-    """The threshold that makes the places of the changed elements cheapest, by an estimate; 0: one class.
-
-    `before`: what the changed elements were. For a float the upper eight bits behind the sign are its exponent.
-    """
-    shift = 8 * old.itemsize - 8
-    sample = old[:: max(1, len(old) // SAMPLE)]
-    total = np.bincount((sample << 1) >> shift, minlength=256) * (len(old) / len(sample))
-    hits = np.bincount((before << 1) >> shift, minlength=256)
-    total = np.maximum(total, hits)
-    below, hits_below = np.cumsum(total), np.cumsum(hits)
-    cost = _place_bits(below, hits_below) + _place_bits(below[-1] - below, hits_below[-1] - hits_below)
-    best = int(np.argmin(cost[:-1]))
-    return (best + 1) << shift if cost[best] < WORTH_SHARE * cost[-1] else 0
-
-
-def _place_bits(total: np.ndarray, hits: np.ndarray) -> np.ndarray:
-    """Bits that name `hits` of `total` places: total x the entropy of their share."""
-    share = np.clip(hits / np.maximum(total, 1), 1e-12, 1 - 1e-12)
-    return -total * (share * np.log2(share) + (1 - share) * np.log2(1 - share))
-
-
-def _encode_part(places: np.ndarray, moves: np.ndarray) -> bytes:
-    gap_planes = _used(_planes(np.diff(places, prepend=-1) - 1))
-    move_planes = _used(_planes(moves))
-    return PART.pack(len(places), len(gap_planes), len(move_planes)) + _pack([*gap_planes, *move_planes])
-
-
-def _decode_part(data: memoryview, size: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, memoryview]:
-    """(places in a class of `size`, moves, what follows)."""
-    (count, gap_planes, move_planes), data = _take(PART, data)
-    if count > size or gap_planes > 8 or move_planes > dtype.itemsize:
-        raise WeightsError(f"delta of {count} elements in {gap_planes} + {move_planes} planes, of {size}")
-    planes, data = _unpack(data, gap_planes + move_planes, count)
-    gaps = _join(planes[:gap_planes], np.dtype("<u8"), count)
-    if count and gaps.max() >= size:
-        raise WeightsError(f"delta with a gap of {gaps.max()}, the tensor has {size} elements there")
-    places = np.cumsum(gaps.astype(np.int64) + 1) - 1
-    if count and places[-1] >= size:
-        raise WeightsError(f"delta of element {places[-1]}, the tensor has {size} there")
-    return places, _unzigzag(_join(planes[gap_planes:], dtype, count)), data
-
-
-def _zigzag(moves: np.ndarray) -> np.ndarray:
-    """Differences modulo 2^w -> small numbers for small ones of either sign: 0, -1, 1, -2 become 0, 1, 2, 3."""
-    signed = moves.view(f"<i{moves.itemsize}")
-    return ((signed << 1) ^ (signed >> (8 * moves.itemsize - 1))).view(moves.dtype)
-
-
-def _unzigzag(coded: np.ndarray) -> np.ndarray:
-    return (coded >> 1) ^ (~(coded & 1) + 1)
-
-
-# --- planes of bytes ---
-
-
-def _bits(data: memoryview, itemsize: int) -> np.ndarray:
-    return np.frombuffer(data, f"<u{itemsize}")
-
-
-def _blocks(bits: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """(start, slice) of blocks of about BLOCK_BYTES."""
-    step = BLOCK_BYTES // bits.itemsize
-    for start in range(0, len(bits), step):
-        yield start, slice(start, start + step)
-
-
-def _planes(values: np.ndarray) -> list[np.ndarray]:
-    """[n] integers -> their lowest bytes, their second ones, ..., each [n]."""
-    table = values.view(np.uint8).reshape(len(values), values.itemsize)
-    return [table[:, place] for place in range(values.itemsize)]
-
-
-def _used(planes: list[np.ndarray]) -> list[np.ndarray]:
-    """Without the upper planes that are all zero."""
-    return planes[: max((place + 1 for place, plane in enumerate(planes) if plane.any()), default=0)]
-
-
-def _join(planes: Sequence[np.ndarray], dtype: np.dtype, count: int) -> np.ndarray:
-    """[count] integers of `dtype` from their planes; those that are missing are zero."""
-    table = np.zeros((count, dtype.itemsize), np.uint8)
-    for place, plane in enumerate(planes):
-        table[:, place] = plane
-    return table.reshape(-1).view(dtype)
-
-
-def _pack(planes: Sequence[np.ndarray]) -> bytes:
-    """Each plane with its length in front, by zstandard where that is smaller."""
-    coder = zstandard.ZstdCompressor(LEVEL, write_content_size=False)
-    parts: list[bytes] = []
-    for plane in planes:
-        raw = plane.tobytes()
-        packed = coder.compress(raw)
-        part = packed if len(packed) < len(raw) else raw
-        parts += (LENGTH.pack(len(part)), part)
-    return b"".join(parts)
-
-
-def _unpack(data: memoryview, planes: int, count: int) -> tuple[list[np.ndarray], memoryview]:
-    """(planes of `count` bytes, what follows them)."""
-    coder, found = zstandard.ZstdDecompressor(), []
-    for _ in range(planes):
-        (length,), data = _take(LENGTH, data)
-        part, data = data[:length], data[length:]
-        plane = np.frombuffer(part if length >= count else _decompress(coder, part, count), np.uint8)
-        if len(plane) != count:
-            raise WeightsError(f"a plane of {len(plane)} bytes, expected {count}")
-        found.append(plane)
-    return found, data
-
-
-def _decompress(coder: zstandard.ZstdDecompressor, part: memoryview, count: int) -> bytes:
-    try:
-        if zstandard.frame_content_size(part) != -1:  # would be allocated whatever `max_output_size` says
-            raise WeightsError("a plane that names its own size")
-        return coder.decompress(part, max_output_size=count)
-    except zstandard.ZstdError as error:
-        raise WeightsError(f"a plane that zstandard cannot read: {error}") from error
-
-
-def _take(layout: struct.Struct, data: memoryview) -> tuple[tuple[int, ...], memoryview]:
-    """(the numbers at the beginning, what follows)."""
-    if len(data) < layout.size:
-        raise WeightsError(f"payload ends {layout.size - len(data)} bytes too early")
-    return layout.unpack_from(data), data[layout.size :]
-
-
-def _end(rest: memoryview) -> None:
-    if rest:
-        raise WeightsError(f"payload with {len(rest)} bytes too many")
+def _parts(delta: Delta, payload: memoryview, specs: Sequence[TensorSpec]) -> Iterator[tuple[Run, str, memoryview]]:
+    """(run of tensors, encoding, its bytes). Raises WeightsError unless the parts cover all tensors and all bytes."""
+    first, where = 0, 0
+    for part in delta.parts:
+        chosen = specs[first : first + part.tensors]
+        if part.tensors < 1 or len(chosen) < part.tensors or len({spec.dtype for spec in chosen}) > 1:
+            raise WeightsError(f"delta of version {delta.version}: a part of {part.tensors} tensors at tensor {first}")
+        if not 0 <= part.nbytes <= len(payload) - where:
+            raise WeightsError(f"delta of version {delta.version}: a part of {part.nbytes} bytes at byte {where}")
+        yield _run(specs, first, part.tensors), part.encoding, payload[where : where + part.nbytes]
+        first, where = first + part.tensors, where + part.nbytes
+    if (first, where) != (len(specs), len(payload)):
+        raise WeightsError(
+            f"delta of version {delta.version}: parts up to tensor {first} of {len(specs)}, byte {where}"
+        )

@@ -13,9 +13,10 @@ from typing import Literal
 
 from msgspec import Struct, field
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Kind = Literal["train", "eval"]
+Form = Literal["snapshot", "delta"]
 
 
 class Message(Struct, frozen=True, tag_field="t", omit_defaults=False, forbid_unknown_fields=False):
@@ -177,6 +178,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
     grader_timeout_s: float = 5.0
     engine: dict[str, str | int | float | bool] = field(default_factory=dict)
     """The recipe's `[actor]` settings that the engine reads; unknown keys are ignored by older actors."""
+    prefix_cache: Literal["version", "shared"] = "version"
+    """shared: a new request may begin with keys and values of an older version."""
 
 
 class Rehello(Message, frozen=True, tag="rehello"):
@@ -213,6 +216,31 @@ class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """Seconds that generation was paused for the last swap."""
     grader_errors: int = 0
     rss_bytes: int = 0
+
+
+class Probe(Message, frozen=True, tag="probe"):
+    """Learner -> actor. Draw one completion of each prompt with exactly this version, at temperature 1, at once."""
+
+    version: int
+    prompts: tuple[tuple[int, ...], ...]
+    """Random token ids that no cache can hold."""
+    max_tokens: int
+    seed: int
+
+
+class Probed(Message, frozen=True, tag="probed"):
+    """Actor -> learner. What the engine drew for a `Probe`; not sent if another version was swapped in meanwhile.
+
+    Buffers, in this order: `token_ids` int32 [T], `logprobs` float32 [T], T being the sum of `num_tokens`.
+    """
+
+    version: int
+    num_tokens: tuple[int, ...]
+    """Of each prompt's completion, in order."""
+    checksum: str = ""
+    """Of the engine's own checksums of its weights; "" where they mean nothing (vLLM's CPU build hashes nothing)."""
+    token_ids: bytes = b""
+    logprobs: bytes = b""
 
 
 class Beat(Message, frozen=True, tag="beat"):
@@ -252,8 +280,8 @@ class Goodbye(Message, frozen=True, tag="goodbye"):
 # --- news: XPUB (learner) / SUB (actors) ----------------------------------------------------------------------------
 
 
-class Manifest(Message, frozen=True, tag="manifest"):
-    """Describes version `version` completely: also the announcement of it, and the answer to `ManifestRequest`."""
+class Manifest(Struct, frozen=True):
+    """Describes version `version` completely, however its bytes travel."""
 
     version: int
     step: int
@@ -262,27 +290,69 @@ class Manifest(Message, frozen=True, tag="manifest"):
     """Names as `save_pretrained` writes them, tied tensors once; offsets without gaps, in this order."""
     total_bytes: int
     digest: str
-    """xxh3-128 over the fields above."""
+    """xxh3-128 over all other fields."""
     branch: int = 0
-    base: int = 0
-    """Version that a delta applies to; 0: a snapshot."""
-    sent_bytes: int = 0
-    """Bytes to pull; equals `total_bytes` for a snapshot."""
+
+
+class DeltaPart(Struct, frozen=True, array_like=True):
+    """How the next tensors of the manifest's order are encoded in a delta's payload."""
+
+    tensors: int
+    """How many they are, all of one dtype."""
+    encoding: str
+    """"delta", "moves", "zstd" or "dense", see `protocol.deltas`."""
+    nbytes: int
+
+
+class Delta(Struct, frozen=True):
+    """The difference of a version from the one published before it. Its payload travels apart."""
+
+    version: int
+    base: int
+    """Version that it applies to."""
+    base_digest: str
+    """Of the base's manifest: it is never applied to anything else."""
+    digest: str
+    """Of the manifest of `version`."""
+    parts: tuple[DeltaPart, ...]
+    nbytes: int
+    """Of the payload: its parts one after the other."""
+    payload_digest: str
+    """xxh3-128, hexadecimal."""
+
+
+class Update(Message, frozen=True, tag="update"):
+    """The newest version, and how to get there. Published when it is made, and the answer to `UpdateRequest`.
+
+    Published, `chain` is the newest delta alone. As an answer it leads from the version that was asked for to the
+    newest one. It is empty where a snapshot has to be pulled: there is no such chain, or it is larger.
+    """
+
+    manifest: Manifest
+    chain: tuple[Delta, ...] = ()
+    payload: bytes = b""
+    """Of all deltas of the chain, one after the other, if they are small; else empty, and to be pulled."""
 
 
 # --- bulk: ROUTER (learner) / DEALER (actor) ------------------------------------------------------------------------
 
 
-class ManifestRequest(Message, frozen=True, tag="manifest?"):
-    """Actor -> learner. Asks for the newest manifest."""
+class UpdateRequest(Message, frozen=True, tag="update?"):
+    """Actor -> learner. Asks for the newest version."""
+
+    base: int = 0
+    """Version that the actor has staged, from which deltas may lead on; 0: none."""
+    base_digest: str = ""
+    """Of its manifest."""
 
 
 class ChunkRequest(Message, frozen=True, tag="chunk?"):
-    """Actor -> learner. Asks for bytes [offset, offset + length) of a version."""
+    """Actor -> learner. Asks for bytes [offset, offset + length) of a version's snapshot, or of its delta's payload."""
 
     version: int
     offset: int
     length: int
+    form: Form = "snapshot"
 
 
 class Chunk(Message, frozen=True, tag="chunk"):
@@ -290,12 +360,14 @@ class Chunk(Message, frozen=True, tag="chunk"):
 
     version: int
     offset: int
+    form: Form = "snapshot"
     data: bytes = b""
     """Any bytes-like object when sent; what the socket gave when received."""
 
 
 class Gone(Message, frozen=True, tag="gone"):
-    """Learner -> actor. That version, or that range of it, cannot be had; `newest` can."""
+    """Learner -> actor. That version in that form, or that range of it, cannot be had; `newest` can."""
 
     version: int
     newest: int
+    form: Form = "snapshot"

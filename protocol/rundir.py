@@ -19,6 +19,9 @@ from protocol.errors import RecipeError
 OWNER_FILE = "owner.pid"
 """In a temporary directory: the process it belongs to, so that leftovers of a killed one can be told and removed."""
 
+USERS_FILE = "users.lock"
+"""In a temporary directory that several processes share: each holds a shared lock on it while it lives."""
+
 
 @dataclass(frozen=True)
 class RunDir:

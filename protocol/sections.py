@@ -151,6 +151,9 @@ class GrpoConfig(Section):
     """Weight of the KL to the reference, the model as GRPO found it. 0: no reference is kept."""
     kl_estimator: Literal["k1", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
+    max_token_lag: Annotated[int, Field(ge=-1)] = -1
+    """Tokens drawn by weights more than so many steps back are left out of the loss; -1: none is. `rollout.max_lag`
+    bounds the lag of all tokens, this one those of completions that crossed versions or waited."""
     overlong: Literal["none", "penalty", "mask"] = "none"
     """Completions that reach for rollout.max_tokens. penalty: DAPO's soft punishment; mask: cut ones are left out."""
     overlong_buffer: Count = 0
@@ -304,8 +307,20 @@ class ActorConfig(Section):
 class WeightsConfig(Section):
     kv: Literal["keep", "recompute"] = "keep"
     """What running completions do with their keys and values at an update."""
+    prefix_cache: Literal["version", "shared"] = "version"
+    """version: new requests find keys and values of the version that is serving only; shared: older ones, too."""
     chunk_mib: Positive = 8
     window: Positive = 2
+    parity: Literal["stop", "warn", "off"] = "stop"
+    """What happens when an engine's logprobs are further from the learner's than `parity_nats`."""
+    parity_every: Positive = 16
+    """An actor is probed at its first version, and then at every so many that it loads."""
+    parity_nats: PositiveFloat = 0.1
+    """Largest mean difference of a probe's logprobs, a token. Arithmetic in bfloat16 makes 0.04; where engine and
+    learner compute in float32, as on a CPU without bfloat16 instructions, 0.002 sees much smaller faults."""
+    anchor_every: Count = 0
+    """Every so many versions every actor pulls a whole snapshot instead of a delta; 0: none does that need not, 1: no
+    deltas at all."""
 
 
 class CheckpointConfig(Section):

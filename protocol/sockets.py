@@ -25,19 +25,24 @@ from protocol.messages import (
     PROTOCOL_VERSION,
     Chunk,
     ChunkRequest,
+    Delta,
+    Form,
     Gone,
-    Manifest,
-    ManifestRequest,
     Message,
     Refused,
+    Update,
+    UpdateRequest,
 )  # fmt: skip
 from protocol.sections import check_loopback
-from protocol.weights import Snapshot, check_manifest, chunk_ranges
+from protocol.shelf import Shelf
+from protocol.weights import Snapshot, check_chain, check_manifest, chunk_ranges
 
 log = logging.getLogger(__name__)
 
 HIGH_WATER_MARK = 10_000
 """Messages a pipe holds before the hub counts the peer as full. Tickets are bounded by leases long before."""
+NEWS_HIGH_WATER_MARK = 8
+"""A version's news may carry its delta. A subscriber that reads none misses what comes after these, and asks later."""
 LINGER_MS = 1_000
 TRANSPORT_HEARTBEAT_MS = 5_000
 CHUNK_TIMEOUT_S = 10.0
@@ -54,9 +59,10 @@ def peer_id(actor: str, incarnation: str) -> bytes:
 
 def _socket(context: Any, kind: int, limits: codec.Limits) -> Any:
     sock = context.socket(kind)
+    high_water_mark = NEWS_HIGH_WATER_MARK if kind in (zmq.XPUB, zmq.SUB) else HIGH_WATER_MARK
     sock.setsockopt(zmq.LINGER, LINGER_MS)
-    sock.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-    sock.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    sock.setsockopt(zmq.SNDHWM, high_water_mark)
+    sock.setsockopt(zmq.RCVHWM, high_water_mark)
     sock.setsockopt(zmq.MAXMSGSIZE, limits.max_frame_bytes * HARD_LIMIT_FACTOR)
     sock.setsockopt(zmq.HEARTBEAT_IVL, TRANSPORT_HEARTBEAT_MS)
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 4 * TRANSPORT_HEARTBEAT_MS)
@@ -88,9 +94,10 @@ class Hub:
         check_loopback(host)
         self.limits = limits
         self.faults = FaultCounter()
-        self.latest: Snapshot | None = None
+        self.shelf = Shelf()
         self.bytes_sent = 0
-        self._previous: Snapshot | None = None
+        """Of weights: chunks, and the deltas inside news times those who listen."""
+        self._subscribers = 0
         self._context = zmq.Context()
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -113,6 +120,8 @@ class Hub:
         sock: zmq.Socket[bytes] = _socket(self._context, kind, self.limits)
         if kind == zmq.ROUTER:
             sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if kind == zmq.XPUB:
+            sock.setsockopt(zmq.XPUB_VERBOSER, 1)  # says who comes and goes, for the count of bytes
         address = f"[{host}]" if ":" in host else host
         if ":" in host:
             sock.setsockopt(zmq.IPV6, 1)
@@ -135,7 +144,8 @@ class Hub:
         if self._wake_out.fileno() in ready:
             self._drain_wakeups()
         if self._news in ready:
-            self._news.recv()  # somebody subscribed: news is a hint, so nothing is owed
+            # somebody subscribed or left: news is a hint, so nothing is owed
+            self._subscribers += {b"\x01": 1, b"\x00": -1}.get(self._news.recv(), 0)
         if self._bulk in ready:
             self._serve_bulk()
         if self._work in ready:
@@ -163,7 +173,8 @@ class Hub:
 
     def _send(self, sock: zmq.Socket[bytes], peer: bytes, message: Message) -> bool:
         try:
-            sock.send_multipart([peer, *codec.encode(message)], zmq.NOBLOCK, copy=not isinstance(message, Chunk))
+            copy = not isinstance(message, (Chunk, Update))
+            sock.send_multipart([peer, *codec.encode(message)], zmq.NOBLOCK, copy=copy)
         except zmq.Again:
             self.faults("pipe full", peer)
             return False
@@ -172,29 +183,29 @@ class Hub:
             return False
         return True
 
-    def announce(self, snapshot: Snapshot) -> None:
-        """Make a version available to pull and tell every subscriber. The one before stays for pulls in flight."""
-        self._previous, self.latest = self.latest, snapshot
-        self._news.send_multipart(codec.encode(snapshot.manifest), zmq.NOBLOCK)
+    def announce(self, snapshot: Snapshot, delta: tuple[Delta, bytes] | None = None) -> None:
+        """Make a version available to pull and tell every subscriber. `delta` leads to it from the version before."""
+        self.shelf.put(snapshot, delta)
+        news = self.shelf.news()
+        self._news.send_multipart(codec.encode(news), zmq.NOBLOCK, copy=False)
+        self.bytes_sent += len(news.payload) * self._subscribers
 
     def _serve_bulk(self) -> None:
         for peer, request in self._receive(self._bulk):
-            newest = self.latest.manifest.version if self.latest else 0
-            if isinstance(request, ManifestRequest) and self.latest:
-                self._send(self._bulk, peer, self.latest.manifest)
+            if isinstance(request, UpdateRequest) and (update := self.shelf.answer(request)) is not None:
+                self._send_weights(peer, update, len(update.payload))
             elif isinstance(request, ChunkRequest) and (data := self._chunk(request)) is not None:
-                chunk = Chunk(request.version, request.offset, data)  # type: ignore[arg-type]  # sent without a copy
-                self.bytes_sent += len(data) if self._send(self._bulk, peer, chunk) else 0
+                chunk = Chunk(request.version, request.offset, request.form, data)  # type: ignore[arg-type]  # no copy
+                self._send_weights(peer, chunk, len(data))
             else:
-                self._send(self._bulk, peer, Gone(getattr(request, "version", 0), newest))
+                form: Form = request.form if isinstance(request, ChunkRequest) else "snapshot"
+                self._send(self._bulk, peer, Gone(getattr(request, "version", 0), self.shelf.version, form))
+
+    def _send_weights(self, peer: bytes, message: Message, nbytes: int) -> None:
+        self.bytes_sent += nbytes if self._send(self._bulk, peer, message) else 0
 
     def _chunk(self, request: ChunkRequest) -> memoryview | None:
-        for snapshot in (self.latest, self._previous):
-            if snapshot and snapshot.manifest.version == request.version:
-                if request.length > self.limits.max_frame_bytes:
-                    return None
-                return snapshot.chunk(request.offset, request.length)
-        return None
+        return None if request.length > self.limits.max_frame_bytes else self.shelf.chunk(request)
 
     def wake(self) -> None:
         """End the current `poll` early. Safe from any thread."""
@@ -267,11 +278,16 @@ class Link:
         """Next message of the learner on the work socket; bad frames are counted and skipped."""
         return await self._receive(self._work)
 
-    async def news(self) -> Manifest:
+    async def news(self) -> Update:
         """Next announcement. May never come (PUB drops): the heartbeat's answer says what was missed."""
-        while not isinstance(message := await self._receive(self._news), Manifest):
-            self.faults("malformed", f"{type(message).__name__} as news")
-        return message
+        while True:
+            message = await self._receive(self._news)
+            try:
+                if isinstance(message, Update):
+                    return _checked(message)
+                self.faults("malformed", f"{type(message).__name__} as news")
+            except WeightsError as error:
+                self.faults("malformed", error)
 
     async def _receive(self, sock: zmq.asyncio.Socket) -> Message:
         while True:
@@ -289,43 +305,49 @@ class Link:
         """Queue a message. Blocks this coroutine only if ten thousand messages wait already."""
         await self._work.send_multipart(codec.encode(message))
 
-    async def fetch_manifest(self) -> Manifest:
-        """Newest manifest. Raises WeightsError if there is none or it is damaged, DeadlineExceeded for no answer."""
-        reply = await self._ask(ManifestRequest(), lambda message: isinstance(message, Manifest), "the newest manifest")
-        check_manifest(reply)
-        return reply
+    async def fetch_update(self, base: int = 0, base_digest: str = "") -> Update:
+        """The newest version, and the way to it from a base that is at hand.
+
+        Raises WeightsError if there is none or its description is damaged, DeadlineExceeded for no answer."""
+        request = UpdateRequest(base, base_digest)
+        return _checked(await self._ask(request, lambda message: isinstance(message, Update), "the newest version"))
 
     async def fetch(
-        self, manifest: Manifest, chunk_bytes: int, window: int, write: Callable[[int, memoryview], None]
+        self,
+        version: int,
+        total_bytes: int,
+        chunk_bytes: int,
+        window: int,
+        write: Callable[[int, memoryview], None],
+        form: Form = "snapshot",
     ) -> None:
         """Pull a version's bytes, `window` requests in flight, and hand each chunk to `write(offset, data)`.
 
         Raises WeightsError if the version or the learner is gone meanwhile, DeadlineExceeded if chunks stop coming.
         """
         connection = self._bulk_connections
-        todo = list(chunk_ranges(manifest.total_bytes, chunk_bytes))[::-1]
+        todo = list(chunk_ranges(total_bytes, chunk_bytes))[::-1]
         flying: dict[int, tuple[int, float, int]] = {}  # offset -> length, sent at, attempts
 
         async def request(offset: int, length: int, attempts: int) -> None:
             flying[offset] = (length, time.monotonic(), attempts)
-            await self._send_bulk(ChunkRequest(manifest.version, offset, length))
+            await self._send_bulk(ChunkRequest(version, offset, length, form))
 
         while todo or flying:
             while todo and len(flying) < window:
                 await request(*todo.pop(), 1)
             message = await self._bulk_reply(CHUNK_TIMEOUT_S / 4, connection)
-            if isinstance(message, Chunk) and message.version == manifest.version and message.offset in flying:
-                length, _, _ = flying[message.offset]
-                if len(message.data) == length:
+            if isinstance(message, (Chunk, Gone)) and (message.version, message.form) == (version, form):
+                if isinstance(message, Gone):
+                    raise WeightsError(f"the {form} of version {version} is gone, version {message.newest} can be had")
+                if message.offset in flying and len(message.data) == flying[message.offset][0]:
                     del flying[message.offset]
                     write(message.offset, memoryview(message.data))
-            elif isinstance(message, Gone) and message.version == manifest.version:
-                raise WeightsError(f"version {manifest.version} is gone, {message.newest} can be had")
             for offset, (length, sent, attempts) in list(flying.items()):
                 if time.monotonic() - sent > CHUNK_TIMEOUT_S:
                     if attempts >= CHUNK_ATTEMPTS:
                         raise DeadlineExceeded(
-                            f"bytes {offset}.. of version {manifest.version} from the learner",
+                            f"bytes {offset}.. of version {version} from the learner",
                             attempts * CHUNK_TIMEOUT_S,
                         )
                     await request(offset, length, attempts + 1)
@@ -357,3 +379,12 @@ class Link:
     def close(self) -> None:
         """Close all sockets; what is queued is sent for at most LINGER_MS."""
         self._context.destroy(LINGER_MS)
+
+
+def _checked(update: Update) -> Update:
+    """The update, or WeightsError if it does not fit together."""
+    check_manifest(update.manifest)
+    check_chain(update.manifest, update.chain)
+    if update.payload and len(update.payload) != sum(delta.nbytes for delta in update.chain):
+        raise WeightsError(f"version {update.manifest.version}: {len(update.payload)} bytes of deltas with its news")
+    return update

@@ -27,16 +27,21 @@ DTYPES: dict[str, tuple[int, str]] = {
 """Name on the wire (as torch spells it) -> (bytes of one element, name in a safetensors header)."""
 
 
-def nbytes(spec: TensorSpec) -> int:
-    """Bytes of the tensor's buffer. Raises ValueError for an unknown dtype."""
+def item_bytes(spec: TensorSpec) -> int:
+    """Bytes of one element. Raises ValueError for an unknown dtype."""
     if spec.dtype not in DTYPES:
         raise ValueError(f"tensor {spec.name}: dtype {spec.dtype!r}, allowed: {', '.join(DTYPES)}")
-    return math.prod(spec.shape) * DTYPES[spec.dtype][0]
+    return DTYPES[spec.dtype][0]
 
 
-def dtype_name(tensor: torch.Tensor) -> str:
-    """Name of a tensor's dtype on the wire."""
-    return str(tensor.dtype).removeprefix("torch.")
+def nbytes(spec: TensorSpec) -> int:
+    """Bytes of the tensor's buffer. Raises ValueError for an unknown dtype."""
+    return math.prod(spec.shape) * item_bytes(spec)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype on the wire."""
+    return str(dtype).removeprefix("torch.")
 
 
 def tensor_view(spec: TensorSpec, buffer: torch.Tensor) -> torch.Tensor:

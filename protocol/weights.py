@@ -1,21 +1,27 @@
 """Manifest, digests and chunks of a version of the weights. Pure functions over byte buffers; no torch, no socket.
 
-A version travels as one flat buffer: every tensor's bytes one after the other, in the manifest's order. `base` and
-`sent_bytes` in the manifest leave room for deltas; today every version is a snapshot.
+A snapshot is one flat buffer: every tensor's bytes one after the other, in the manifest's order. `deltas.py` makes the
+difference of two of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
 import xxhash
 
 from protocol.errors import WeightsError
-from protocol.messages import Manifest, TensorSpec
-from protocol.tensors import nbytes
+from protocol.messages import Delta, Manifest, TensorSpec
+from protocol.tensors import item_bytes, nbytes
+
+SHARED_OUT_BYTES = 1 << 20
+"""A version of fewer bytes is not worth a thread."""
+MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -27,17 +33,24 @@ class Snapshot:
 
     def chunk(self, offset: int, length: int) -> memoryview | None:
         """Bytes [offset, offset + length) without a copy; None if the range lies outside."""
-        if offset < 0 or length <= 0 or offset + length > len(self.data):
-            return None
-        return self.data[offset : offset + length]
+        return part(self.data, offset, length)
+
+
+def part(data: memoryview, offset: int, length: int) -> memoryview | None:
+    """Bytes [offset, offset + length) without a copy; None if the range lies outside."""
+    if offset < 0 or length <= 0 or offset + length > len(data):
+        return None
+    return data[offset : offset + length]
 
 
 def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorSpec, ...]:
-    """Specs with offsets for (name, dtype, shape) in order; digests still empty."""
+    """Specs with offsets for (name, dtype, shape) in order, larger elements first; digests still empty.
+
+    That order aligns every tensor to its elements, as in a safetensors file. A model in one type keeps its order.
+    """
     specs, offset = [], 0
-    for name, dtype, shape in tensors:
-        spec = TensorSpec(name, dtype, shape, offset)
-        specs.append(spec)
+    for spec in sorted((TensorSpec(*tensor) for tensor in tensors), key=item_bytes, reverse=True):
+        specs.append(msgspec.structs.replace(spec, offset=offset))
         offset += nbytes(spec)
     return tuple(specs)
 
@@ -45,6 +58,23 @@ def layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorS
 def tensor_digest(data: bytes | memoryview) -> str:
     """xxh3-128 of a tensor's bytes, hexadecimal. Detects corruption and mix-ups; it is no signature."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def digests(specs: Sequence[TensorSpec], data: memoryview) -> list[str]:
+    """Digest of every tensor, several at a time."""
+
+    def one(spec: TensorSpec) -> str:
+        return tensor_digest(data[spec.offset : spec.offset + nbytes(spec)])
+
+    if len(data) < SHARED_OUT_BYTES:
+        return [one(spec) for spec in specs]
+    with ThreadPoolExecutor(num_threads()) as pool:
+        return list(pool.map(one, specs, chunksize=1))
+
+
+def num_threads() -> int:
+    """Threads for work on a whole version: the cores that this process may use, at most MAX_THREADS."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
 def manifest_digest(manifest: Manifest) -> str:
@@ -58,8 +88,7 @@ def make_snapshot(
 ) -> Snapshot:
     """Digest every tensor of a flat buffer laid out by `layout` and wrap it up. Takes about 0.1 s a gigabyte."""
     digested = tuple(
-        msgspec.structs.replace(spec, digest=tensor_digest(data[spec.offset : spec.offset + nbytes(spec)]))
-        for spec in specs
+        msgspec.structs.replace(spec, digest=digest) for spec, digest in zip(specs, digests(specs, data), strict=True)
     )
     manifest = Manifest(
         version=version,
@@ -67,21 +96,25 @@ def make_snapshot(
         branch=branch,
         tensors=digested,
         total_bytes=len(data),
-        sent_bytes=len(data),
         digest="",
     )
     return Snapshot(msgspec.structs.replace(manifest, digest=manifest_digest(manifest)), data)
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Raise WeightsError unless the digest fits, offsets have no gaps and the sizes add up."""
+    """Raise WeightsError unless the digest fits, types are known, offsets have no gaps and the sizes add up."""
     if manifest.digest != manifest_digest(manifest):
         raise WeightsError(f"manifest of version {manifest.version}: its digest does not fit its fields")
     offset = 0
     for spec in manifest.tensors:
         if spec.offset != offset:
             raise WeightsError(f"manifest of version {manifest.version}: {spec.name} at {spec.offset}, not {offset}")
-        offset += nbytes(spec)
+        if min(spec.shape, default=0) < 0:
+            raise WeightsError(f"manifest of version {manifest.version}: {spec.name} of shape {spec.shape}")
+        try:
+            offset += nbytes(spec)
+        except ValueError as error:
+            raise WeightsError(f"manifest of version {manifest.version}: {error}") from error
     if offset != manifest.total_bytes:
         raise WeightsError(f"manifest of version {manifest.version}: {offset} bytes, not {manifest.total_bytes}")
 
@@ -90,9 +123,21 @@ def check_data(manifest: Manifest, data: memoryview) -> None:
     """Raise WeightsError naming the first tensor whose bytes do not have the manifest's digest."""
     if len(data) != manifest.total_bytes:
         raise WeightsError(f"version {manifest.version}: {len(data)} bytes, expected {manifest.total_bytes}")
-    for spec in manifest.tensors:
-        if tensor_digest(data[spec.offset : spec.offset + nbytes(spec)]) != spec.digest:
+    for spec, digest in zip(manifest.tensors, digests(manifest.tensors, data), strict=True):
+        if digest != spec.digest:
             raise WeightsError(f"version {manifest.version}: wrong digest of tensor {spec.name}")
+
+
+def check_chain(manifest: Manifest, chain: Sequence[Delta]) -> None:
+    """Raise WeightsError unless each delta of a chain leads to the next one, and the last one to the manifest, and
+    together they are no larger than a snapshot."""
+    made = [(delta.version, delta.digest) for delta in chain]
+    named = [*((delta.base, delta.base_digest) for delta in chain[1:]), (manifest.version, manifest.digest)]
+    if chain and made != named:
+        raise WeightsError(f"version {manifest.version}: a chain of deltas that makes {made}, expected {named}")
+    sizes = [delta.nbytes for delta in chain]
+    if min(sizes, default=0) < 0 or sum(sizes) > manifest.total_bytes:
+        raise WeightsError(f"version {manifest.version}: deltas of {sizes} bytes, of {manifest.total_bytes}")
 
 
 def chunk_ranges(total_bytes: int, chunk_bytes: int) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from protocol import codec
-from protocol.messages import Message
+from protocol.deltas import payload_digest
+from protocol.messages import Delta, DeltaPart, Message
 from protocol.sockets import Hub
 from protocol.weights import Snapshot, layout, make_snapshot
 
@@ -16,8 +17,22 @@ DEADLINE_S = 20.0
 
 
 def snapshot(version: int, size: int = 1000) -> Snapshot:
-    data = bytes((version + i) % 251 for i in range(size))
+    data = _counting(version, size, 251)
     return make_snapshot(version, version, layout([("w", "uint8", (size,))]), memoryview(data))
+
+
+def _counting(first: int, size: int, modulus: int) -> bytes:
+    period = bytes((first + i) % modulus for i in range(modulus))
+    return (period * (size // modulus + 1))[:size]
+
+
+def delta(base: Snapshot, new: Snapshot, size: int = 10) -> tuple[Delta, bytes]:
+    """What looks like the delta from one to the other, with a payload of a size: for those who only pass it on."""
+    payload = _counting(3 * new.manifest.version, size, 241)
+    digests = base.manifest.digest, new.manifest.digest
+    parts = (DeltaPart(len(new.manifest.tensors), "delta", size),)
+    versions = new.manifest.version, base.manifest.version
+    return Delta(*versions, *digests, parts, size, payload_digest(payload)), payload
 
 
 class RunningHub:
@@ -34,8 +49,8 @@ class RunningHub:
     def _serve(self) -> None:
         while not self._stop.is_set():
             for peer, message in self.hub.poll(0.5):
-                self._answer(self.hub, peer, message)
                 self.received.append((peer, message))
+                self._answer(self.hub, peer, message)
             while self._calls:
                 self._calls.pop(0)()
 

@@ -5,6 +5,7 @@ Used by tests that run actors (`ActorLoop` with the fake engine) against it. Not
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from learner.intake.dispatcher import Dispatcher
 from learner.intake.journal import Journal, read_groups
 from learner.intake.server import IntakeServer
 from learner.intake.source import Source
+from protocol.deltas import DeltaCoder
 from protocol.messages import Completion, Group, Sampling, Ticket, TicketId, Welcome
 from protocol.sections import WireConfig
 from protocol.sockets import Hub
-from protocol.weights import layout, make_snapshot
+from protocol.weights import Snapshot, layout, make_snapshot
 
 GROUP_SIZE = 2
+RUN = f"test-{os.getpid()}"
+"""Actors of a run share a directory, those of tests that run side by side must not."""
 
 
 def make_ticket(index: int, branch: int = 0) -> Ticket:
@@ -52,7 +56,7 @@ class Intake:
         dead_after_s: float = 2.0,
         port: int = 0,
         token_s: float = 0.0,
-        run: str = "test",
+        run: str = RUN,
         version: int = 0,
     ) -> None:
         """`version`: the last one of an earlier process of this run, whose actors may be alive."""
@@ -72,18 +76,21 @@ class Intake:
         self.stop_requested = threading.Event()
         self.source = Source(self.server, lambda what, waited: None, self.stop_requested.is_set)
         self.version = self.server.newest_before = version
+        self._last: Snapshot | None = None
+        self._coder = DeltaCoder(1)
 
     @property
     def address(self) -> str:
         return self.hub.work_endpoint
 
     def publish(self, step: int) -> int:
-        """Announce the next version: 1 KB of weights whose bytes are the version number."""
+        """Announce the next version: 1 KB of weights whose bytes are the version number, and its delta."""
         self.version += 1
         specs = layout([("a.weight", "float32", (16, 8)), ("b.weight", "bfloat16", (256,))])
         data = memoryview(bytes([self.version]) * (16 * 8 * 4 + 512))
         self.server.reserved(step, self.version)
-        self.server.offer(make_snapshot(self.version, step, specs, data))
+        last, self._last = self._last, make_snapshot(self.version, step, specs, data)
+        self.server.offer(self._last, self._coder.encode(last, self._last) if last else None)
         return self.version
 
     def __enter__(self) -> Intake:

@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("protocol", "actor", "learner", "deploy")
 
 MESSAGES: tuple[type[msgspec.Struct], ...] = (*codec.FROM_ACTOR, *codec.FROM_LEARNER)
-PARTS: tuple[type[msgspec.Struct], ...] = (m.TicketId, m.Sampling, m.Completion, m.TensorSpec)
+PARTS: tuple[type[msgspec.Struct], ...] = (
+    m.TicketId, m.Sampling, m.Completion, m.TensorSpec, m.Manifest, m.DeltaPart, m.Delta,
+)  # fmt: skip
 
 
 def document(name: str) -> str:

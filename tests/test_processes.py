@@ -80,8 +80,9 @@ def serving(intake: Intake, *names: str) -> Callable[[], bool]:
     return condition
 
 
-def staged(run: str) -> list[Path]:
-    return sorted(SHARED_MEMORY.glob(f"tandem-{run}-*"))
+def staged(run: str) -> list[str]:
+    """Directories with weights of a run."""
+    return sorted(path.name for path in SHARED_MEMORY.glob(f"tandem-{run}-*"))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -114,6 +115,7 @@ def test_run_completes_exactly_once_though_actors_are_killed_at_random(
                 actors.start("actor-1")
             restarts = kill + 1
             until(lambda n=restarts: intake.server.totals.restarted == n, "the restarted actor")
+        assert staged(run_name) == [f"tandem-{run_name}-weights"]
         trained.join(2 * DEADLINE_S)
         assert not trained.is_alive(), intake.dispatcher.counts()
         assert indices(batches) == list(range(steps * groups_per_step))
@@ -127,9 +129,27 @@ def test_run_completes_exactly_once_though_actors_are_killed_at_random(
             assert process.wait(DEADLINE_S) == 0
         until(actors.workers_are_gone, "grading processes of killed actors to end")
         assert len(actors.workers) >= 3
-    for directory in staged(run_name):  # left by the killed ones, each of which names its owner
-        assert not psutil.pid_exists(int((directory / "owner.pid").read_text()))
-    remove_left_over(RunDir(tmp_path / "run"))
+    assert staged(run_name) == [], "the last one to leave takes it along, whoever was killed before"
+
+
+def test_restarted_actor_finds_the_weights_of_the_killed_one_and_goes_on_by_delta(
+    tmp_path: Path, run_name: str
+) -> None:
+    with Intake(tmp_path, dead_after_s=600, run=run_name) as intake, Actors(intake.address, tmp_path) as actors:
+        killed = actors.start("actor-0")
+        intake.publish(0)
+        until(serving(intake, "actor-0"), "the actor")
+        killed.kill()
+        killed.wait(DEADLINE_S)
+        assert staged(run_name) == [f"tandem-{run_name}-weights"], "nobody was left to remove it"
+        sent = intake.hub.bytes_sent
+        process = actors.start("actor-0")
+        until(lambda: "serves version 1: found" in actors.log("actor-0"), "the actor's successor")
+        assert intake.hub.bytes_sent == sent
+        intake.publish(1)
+        until(lambda: "serves version 2: delta" in actors.log("actor-0"), "the second version")
+        intake.server.drain("done")
+        assert process.wait(DEADLINE_S) == 0
     assert staged(run_name) == []
 
 

@@ -19,10 +19,12 @@ import numpy as np
 
 from learner.intake.dispatcher import Dispatcher, is_train
 from learner.intake.journal import Journal
+from learner.intake.probes import Probes
 from protocol.messages import (
     Ack,
     Beat,
     Cancel,
+    Delta,
     Drain,
     Failed,
     Goodbye,
@@ -30,6 +32,7 @@ from protocol.messages import (
     Heartbeat,
     Hello,
     Message,
+    Probed,
     Refused,
     Rehello,
     Ticket,
@@ -151,8 +154,10 @@ class IntakeServer(threading.Thread):
         wire: WireConfig,
         straggler_s: float,
         vocabulary: int,
+        probes: Probes | None = None,
     ) -> None:
         super().__init__(name="intake", daemon=True)
+        self.probes = probes or Probes(0, 0, vocabulary, 1)
         self.hub = hub
         self.dispatcher = dispatcher
         self.journal = journal
@@ -178,7 +183,7 @@ class IntakeServer(threading.Thread):
         self._replaced: set[tuple[str, str]] = set()
         """(actor, incarnation) that a later incarnation of the same name has replaced: not let in again."""
         self._swaps: dict[str, int] = {}
-        self._snapshots: deque[Snapshot] = deque()
+        self._offers: deque[tuple[Snapshot, tuple[Delta, bytes] | None]] = deque()
         self._drain: Drain | None = None
         self._stopping = threading.Event()
 
@@ -189,10 +194,10 @@ class IntakeServer(threading.Thread):
         with self.lock:
             self.dispatcher.published(step, version)
 
-    def offer(self, snapshot: Snapshot) -> None:
-        """Announce a version: done by the thread at once, sockets belong to it."""
+    def offer(self, snapshot: Snapshot, delta: tuple[Delta, bytes] | None = None) -> None:
+        """Announce a version: done by the thread at once, sockets belong to it. `delta`: from the version before."""
         with self.lock:
-            self._snapshots.append(snapshot)
+            self._offers.append((snapshot, delta))
         self.hub.wake()
 
     def drain(self, reason: str) -> None:
@@ -229,8 +234,8 @@ class IntakeServer(threading.Thread):
                 self.changed.notify_all()
         with self.changed:
             now = time.monotonic()
-            while self._snapshots:
-                self.hub.announce(self._snapshots.popleft())
+            while self._offers:
+                self.hub.announce(*self._offers.popleft())
             self._drain_peers()
             self._bury_silent(now)
             self._cancel_stragglers(now)
@@ -257,6 +262,9 @@ class IntakeServer(threading.Thread):
             why = message.error[:MAX_ERROR_CHARACTERS]
             self.incidents("ticket", f"{peer.name} could not complete {message.id}: {why}")
             self.dispatcher.give_back(message.id, peer.name, f"{peer.name}: {why}", message.attempt)
+        elif isinstance(message, Probed):
+            if not self.probes.answered(peer.name, peer.hello.incarnation, message):
+                self.hub.faults("stray probe", f"{peer.name}, version {message.version}")
         elif isinstance(message, Goodbye):
             self._goodbye(peer, message)
         else:
@@ -291,14 +299,15 @@ class IntakeServer(threading.Thread):
 
     def _heartbeat(self, peer: Peer, beat: Heartbeat, now: float) -> None:
         peer.beat = beat
-        newest = self.hub.latest.manifest.version if self.hub.latest else 0
-        self.hub.send(peer.id, Beat(newest))
+        self.hub.send(peer.id, Beat(self.hub.shelf.version))
         self._compare(peer.id, peer.name, beat, now)
         if beat.swaps > self._swaps.get(peer.hello.incarnation, 0):
             self._swaps[peer.hello.incarnation] = beat.swaps
             if beat.swaps > 1:  # the first load has nothing to pause
                 self.swap_pauses.append(beat.pause_s)
                 self.swap_fetches.append(beat.fetch_s)
+        if probe := self.probes.confirmed(peer.hello.incarnation, beat.version, self.hub.shelf.snapshots):
+            self.hub.send(peer.id, probe)
         before = self.known.worked.get(peer.hello.incarnation, (0, 0.0))
         self.totals.generated_tokens += max(0, beat.generated_tokens - before[0])
         self.totals.busy_s += max(0.0, beat.busy_s - before[1])
@@ -375,6 +384,7 @@ class IntakeServer(threading.Thread):
         self.hub.send(peer.id, Ack((group.id,)))
 
     def _goodbye(self, peer: Peer, message: Goodbye) -> None:
+        self.probes.gone(peer.hello.incarnation)
         lost = self.dispatcher.actor_gone(peer.name, message.error or message.reason, excused=not message.error)
         del self.peers[peer.id]
         if message.error:
@@ -389,6 +399,7 @@ class IntakeServer(threading.Thread):
             silence = now - peer.last_seen
             if silence > self.wire.dead_after_s:
                 del self.peers[peer.id]
+                self.probes.gone(peer.hello.incarnation)
                 lost = self.dispatcher.actor_gone(peer.name, f"silent for {silence:.0f} s")
                 log.warning("%s was silent for %.0f s: %d leases go back", peer.name, silence, lost)
                 self.changed.notify_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from learner.intake.server import FATAL_FAILURES, IntakeServer
 from protocol.errors import DeadlineExceeded, EngineFailed
 from protocol.messages import Group, Ticket, TicketId
+
+log = logging.getLogger(__name__)
 
 EvalGroups = tuple[list[Group], dict[TicketId, str]]
 """Groups in ticket order, and why tickets failed for good."""
@@ -60,6 +63,16 @@ class Source:
             return any(peer.version >= version for peer in self.server.peers.values())
 
         self._wait(serving, lambda: f"an actor that serves version {version}: {self._actor_phases()}", timeout_s)
+
+    def wait_for_probe(self, timeout_s: float) -> bool:
+        """Wait until an actor has answered a probe of its weights, if any is asked; False if none did in time."""
+        probes = self.server.probes
+        try:
+            self._wait(lambda: not probes.every or probes.answers > 0, lambda: "a probe of the weights", timeout_s)
+        except DeadlineExceeded as error:
+            log.warning("%s: the run goes on, engines are compared later", error)
+            return False
+        return True
 
     def take(self, timeout_s: float) -> list[Group]:
         """Groups of the next step: the oldest `groups_per_step` tickets, all journaled.

@@ -49,6 +49,8 @@ def make_batch(
     rows = [group_row(group, [0.0] * len(group.completions), step_of_version, step) for group in groups]
     if config.overlong == "mask":
         rows = [_without_cut(group, row) for group, row in zip(groups, rows, strict=True)]
+    if config.max_token_lag >= 0:
+        rows = [_without_old(row, config.max_token_lag) for row in rows]
     if config.kl_coef:
         assert add_reference is not None, "grpo.kl_coef wants a reference"
         rows = add_reference(rows)
@@ -143,6 +145,11 @@ def _without_cut(group: Group, row: Row) -> Row:
             for sample, completion in samples
         ),
     )
+
+
+def _without_old(row: Row, max_lag: int) -> Row:
+    """The row with the tokens masked whose weights lay more than `max_lag` steps back."""
+    return replace(row, samples=tuple(replace(s, mask=s.mask & (s.lag <= max_lag)) for s in row.samples))
 
 
 def _with_advantages(row: Row, advantages: Sequence[float]) -> Row:

@@ -17,6 +17,8 @@ from learner.methods.guard_figures import guard_figures
 from protocol.messages import Group
 
 StepOfVersion = Callable[[int], int]
+LAG_TOKENS = "lag_tokens_"
+"""Beginning of the figures' names that count the tokens of each lag, in steps: lag_tokens_0, lag_tokens_1, ..."""
 
 
 def group_row(group: Group, advantages: Sequence[float], step_of_version: StepOfVersion, step: int) -> Row:
@@ -86,6 +88,8 @@ def group_stats(groups: Sequence[Group], rows: Sequence[Row], filtered: Sequence
         "lag_mean": float(lags.mean()) if lags.size else 0.0,
         "lag_max": float(lags.max()) if lags.size else 0.0,
     }
+    for lag, count in zip(*np.unique(lags, return_counts=True), strict=True):
+        stats[f"{LAG_TOKENS}{lag}"] = float(count)
     for name in sorted({name for c in completions for name in c.scores} - {"reward"}):
         stats[f"{name}_mean"] = float(np.mean([c.scores.get(name, 0.0) for c in completions]))
     if filtered:

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import os
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,18 @@ import pytest
 
 from actor import fake_engine, follower
 from actor import loop as loop_module
-from actor import staging as staging_module
 from actor.engine import Generated
 from actor.fake_engine import FakeEngine, draw
 from actor.gate import EngineGate
+from actor.locks import FileLock
 from actor.loop import ActorLoop, LearnerLost, LearnerRefused, learner_address, make_engine
+from protocol.deltas import DeltaCoder
 from protocol.errors import EngineFailed
 from protocol.messages import (
     Ack,
     Beat,
     Cancel,
+    Delta,
     Drain,
     Failed,
     Goodbye,
@@ -39,6 +43,7 @@ from protocol.messages import (
     Sampling,
     Ticket,
     TicketId,
+    Update,
     Welcome,
 )
 from protocol.sockets import Hub
@@ -48,12 +53,14 @@ from tests.intake_harness import make_ticket
 
 GROUP_SIZE = 2
 MAX_RUNNING = 4
+RUN = f"loop-test-{os.getpid()}"
+"""Actors of a run share a directory, those of tests that run side by side must not."""
 
 
 class ScriptedLearner(RunningHub):
     """Welcomes actors and answers heartbeats; everything else is the test's to send."""
 
-    def __init__(self, port: int = 0, run: str = "loop-test", welcomes: bool = True) -> None:
+    def __init__(self, port: int = 0, run: str = RUN, welcomes: bool = True) -> None:
         super().__init__(port, answer=self._reply)
         self.welcomes = welcomes
         self.peer = b""
@@ -69,14 +76,14 @@ class ScriptedLearner(RunningHub):
             self.peer = peer
             hub.send(peer, self.welcome)
         elif isinstance(message, Heartbeat):
-            hub.send(peer, Beat(hub.latest.manifest.version if hub.latest else 0))
+            hub.send(peer, Beat(hub.shelf.version))
 
     async def send(self, *messages: Message) -> None:
         for message in messages:
             assert await asyncio.to_thread(self.run, lambda m=message: self.hub.send(self.peer, m))
 
-    async def announce(self, version: Snapshot) -> None:
-        await asyncio.to_thread(self.run, lambda: self.hub.announce(version))
+    async def announce(self, version: Snapshot, delta: tuple[Delta, bytes] | None = None) -> None:
+        await asyncio.to_thread(self.run, lambda: self.hub.announce(version, delta))
 
     async def publish(self, version: int) -> None:
         """Announce a version and wait until the actor serves it."""
@@ -173,11 +180,12 @@ async def test_actor_gives_up_a_learner_that_is_gone(tmp_path: Path) -> None:
     with ScriptedLearner() as learner:
         stack = contextlib.AsyncExitStack()
         actor, task = await stack.enter_async_context(running(learner, FakeEngine(), lost_learner_s=0.5))
-        assert actor.weights.staging.directory is not None
-        assert actor.weights.staging.directory.exists()
+        directory = actor.weights.staging.directory
+        assert directory is not None
+        assert directory.exists()
     with pytest.raises(LearnerLost, match="no word from the learner at tcp://"):
         await asyncio.wait_for(asyncio.shield(task), DEADLINE_S)
-    assert not actor.weights.staging.directory.exists()
+    assert not directory.exists()
     await stack.aclose()
 
 
@@ -442,6 +450,67 @@ async def test_missed_news_is_learnt_from_the_answer_to_a_heartbeat(monkeypatch:
             assert [version for version, _ in engine.loaded] == [5, 6]
 
 
+async def test_version_is_swapped_in_from_the_delta_that_came_with_its_news(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    versions = [snapshot(version) for version in (1, 2)]
+    engine = FakeEngine()
+    with ScriptedLearner() as learner:
+        async with running(learner, engine) as (actor, _):
+            before = learner.hub.bytes_sent
+            delta = DeltaCoder(1).encode(*versions)
+            assert delta is not None
+            await learner.announce(versions[1], delta)
+            await until(lambda: engine.version == 2)
+            await until(lambda: actor.phase == "serving" and actor.weights.swaps == 2)
+            assert "serves version 2: delta, fetch" in caplog.text
+            assert learner.hub.bytes_sent == before + delta[0].nbytes
+            assert actor.weights.fetch_s > 0
+
+
+def is_free(path: Path) -> bool:
+    """Whether an actor could write a slot."""
+    lock = FileLock(path)
+    try:
+        return lock.try_to(share=False)
+    finally:
+        lock.release()
+
+
+class LookingEngine(FakeEngine):
+    """Looks whether the slot that it loads from could be written meanwhile."""
+
+    def __init__(self, **faults: Any) -> None:
+        super().__init__(**faults)
+        self.slots: list[Path] = []
+        self.free_in_a_load: list[bool] = []
+
+    async def load(self, manifest: Manifest, staged: Path) -> float:
+        self.slots.append(staged)
+        self.free_in_a_load.append(is_free(staged))
+        return await super().load(manifest, staged)
+
+
+async def test_slot_is_held_while_the_engine_loads_from_it_and_no_longer() -> None:
+    """Also if the engine fails at it: the other actors of the node go on."""
+    engine = LookingEngine(fail_on_version=2)
+    with ScriptedLearner() as learner:
+        async with running(learner, engine) as (actor, task):
+            assert is_free(engine.slots[0])
+            assert actor.weights.staging.directory is not None
+            neighbour = FileLock(actor.weights.staging.directory / "users.lock")
+            assert neighbour.try_to(share=True)
+            await learner.announce(snapshot(2))
+            with pytest.raises(EngineFailed, match="injected: version 2"):
+                await asyncio.wait_for(asyncio.shield(task), DEADLINE_S)
+            assert engine.free_in_a_load == [False, False]
+            assert [(path.name, is_free(path)) for path in engine.slots] == [
+                ("slot-0.safetensors", True),
+                ("slot-1.safetensors", True),
+            ]
+            shutil.rmtree(neighbour.path.parent)
+            neighbour.release()
+
+
 async def test_damaged_version_is_not_loaded_and_the_next_sound_one_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -461,7 +530,8 @@ async def test_damaged_version_is_not_loaded_and_the_next_sound_one_is(
             assert [version for version, _ in engine.loaded] == [1, 3]
             assert not task.done()
             assert actor.weights.staging.directory is not None
-            assert [path.name for path in actor.weights.staging.directory.glob("v*")] == ["v3.safetensors"]
+            held = json.loads((actor.weights.staging.directory / "slots.json").read_text())
+            assert [slot["version"] for slot in held.values()] == [3], "the damaged one was never on record"
 
 
 async def test_full_disk_keeps_the_old_version_until_there_is_room(
@@ -470,16 +540,12 @@ async def test_full_disk_keeps_the_old_version_until_there_is_room(
     monkeypatch.setattr(follower, "RETRY_S", 0.02)
     room = True
 
-    def pwrite(descriptor: int, data: Any, offset: int) -> int:
+    def small_disk(descriptor: int, start: int, size: int, fallocate: Any = os.posix_fallocate) -> None:
         if not room:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return os.pwrite(descriptor, data, offset)
+        fallocate(descriptor, start, size)
 
-    class OsWithSmallDisk:
-        def __getattr__(self, name: str) -> Any:
-            return pwrite if name == "pwrite" else getattr(os, name)
-
-    monkeypatch.setattr(staging_module, "os", OsWithSmallDisk())
+    monkeypatch.setattr(os, "posix_fallocate", small_disk)
     engine = FakeEngine()
     with ScriptedLearner() as learner:
         async with running(learner, engine):
@@ -500,12 +566,12 @@ async def test_answer_that_is_older_than_the_announcement_is_asked_for_again(
     engine = FakeEngine()
     with ScriptedLearner() as learner:
         async with running(learner, engine) as (actor, _):
-            fetch_manifest, answers = actor.link.fetch_manifest, [snapshot(1).manifest]
+            fetch_update, answers = actor.link.fetch_update, [Update(snapshot(1).manifest)]
 
-            async def late() -> Manifest:
-                return answers.pop() if answers else await fetch_manifest()
+            async def late(base: int, base_digest: str) -> Update:
+                return answers.pop() if answers else await fetch_update(base, base_digest)
 
-            monkeypatch.setattr(actor.link, "fetch_manifest", late)
+            monkeypatch.setattr(actor.link, "fetch_update", late)
             await learner.publish(2)
             assert answers == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -23,14 +24,14 @@ def make_owned(place: Path, name: str, pid: int | str) -> Path:
     directory = place / name
     directory.mkdir()
     (directory / "owner.pid").write_text(str(pid))
-    (directory / "v1.safetensors").write_bytes(b"x" * 100)
+    (directory / "errors.jsonl").write_bytes(b"x" * 100)
     return directory
 
 
 def test_stale_files_lists_only_directories_whose_owner_is_dead(tmp_path):
-    dead = make_owned(tmp_path, "tandem-run-actor-0-abc", dead_pid())
+    dead = make_owned(tmp_path, "tandem-run-engine-abc", dead_pid())
     ray = make_owned(tmp_path, "tandem-ray-xyz", dead_pid())
-    make_owned(tmp_path, "tandem-run-actor-1-def", os.getpid())
+    make_owned(tmp_path, "tandem-run-engine-def", os.getpid())
     make_owned(tmp_path, "tandem-odd", "not a number")
     make_owned(tmp_path, "other-run", dead_pid())
     (tmp_path / "tandem-unowned").mkdir()
@@ -39,12 +40,57 @@ def test_stale_files_lists_only_directories_whose_owner_is_dead(tmp_path):
 
 
 def test_clean_stale_removes_them_and_nothing_else(tmp_path):
-    dead = make_owned(tmp_path, "tandem-run-actor-0-abc", dead_pid())
-    alive = make_owned(tmp_path, "tandem-run-actor-1-def", os.getpid())
+    dead = make_owned(tmp_path, "tandem-run-engine-abc", dead_pid())
+    alive = make_owned(tmp_path, "tandem-run-engine-def", os.getpid())
     assert clean_stale((tmp_path,)) == [dead]
     assert not dead.exists()
-    assert (alive / "v1.safetensors").exists()
+    assert (alive / "errors.jsonl").exists()
     assert clean_stale((tmp_path,)) == []
+
+
+HOLD = (
+    "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_SH); print('held', flush=True); input()"
+)
+
+
+@pytest.fixture
+def user(tmp_path):
+    """A process that uses a directory with staged weights, as an actor does, until it is killed."""
+    (tmp_path / "tandem-run-weights").mkdir()
+    lock = tmp_path / "tandem-run-weights" / "users.lock"
+    lock.touch()
+    (lock.parent / "slot-0.safetensors").write_bytes(b"x" * 100)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_staged_weights_are_stale_when_the_last_process_that_used_them_is_dead(tmp_path, user):
+    weights = tmp_path / "tandem-run-weights"
+    lock = open(weights / "users.lock")  # noqa: SIM115 - a second user, who lives longer
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    assert stale_files((tmp_path,)) == []
+    user.kill()
+    user.wait()
+    assert stale_files((tmp_path,)) == []
+    lock.close()
+    assert stale_files((tmp_path,)) == [weights]
+    with open(weights / "users.lock") as lock:  # looking has not taken it for good
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_clean_stale_leaves_staged_weights_that_are_in_use(tmp_path, user):
+    weights = tmp_path / "tandem-run-weights"
+    assert clean_stale((tmp_path,)) == []
+    assert (weights / "slot-0.safetensors").exists()
+    user.kill()
+    user.wait()
+    assert clean_stale((tmp_path,)) == [weights]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_read_pins_skips_comments_extras_and_other_machines(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from actor.staging import engine_prefix
+from actor.staging import Staging, engine_prefix
 from deploy.launch import remove_left_over
 from deploy.ray_cluster import RAY_DIR_PREFIX, _short_directory, check_resources, share_gpus, visible_gpus
 from protocol.config import Recipe, parse_recipe
@@ -86,7 +86,7 @@ def test_visible_gpus_keeps_the_names_of_the_environment(monkeypatch: pytest.Mon
     assert visible_gpus(2) == ["0", "1"]
 
 
-@pytest.mark.parametrize("name", ["demo", "d" * 64])
+@pytest.mark.parametrize("name", ["demo", "d" * 64, "a demo [2]"])
 def test_end_of_a_run_leaves_the_files_of_another_run_of_that_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
@@ -96,9 +96,7 @@ def test_end_of_a_run_leaves_the_files_of_another_run_of_that_name(
     assert ours.label != theirs.label
     assert RunDir(ours.path).label == ours.label, "the same for every process of the run"
     staged = [
-        tmp_path / f"{beginning}x"
-        for run in (ours, theirs)
-        for beginning in (f"tandem-{run.label}-actor-0-", engine_prefix(run.label))
+        tmp_path / name for run in (ours, theirs) for name in (Staging(run.label).name, f"{engine_prefix(run.label)}x")
     ]
     for directory in staged:
         directory.mkdir()

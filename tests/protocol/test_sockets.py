@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from typing import Any
 
@@ -15,30 +16,34 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from protocol import codec, sockets
+from protocol import codec, shelf, sockets
 from protocol.errors import DeadlineExceeded, WeightsError
 from protocol.messages import (
+    PROTOCOL_VERSION,
     Ack,
     Beat,
     Chunk,
     ChunkRequest,
+    Delta,
     Gone,
     Heartbeat,
     Hello,
     Manifest,
-    ManifestRequest,
     Message,
     Refused,
     Rehello,
     Ticket,
     TicketId,
+    Update,
+    UpdateRequest,
 )
 from protocol.sockets import FaultCounter, Hub, Link, peer_id
-from protocol.weights import check_data
-from tests.hub_harness import DEADLINE_S, RunningHub, snapshot
+from protocol.weights import Snapshot, check_data, manifest_digest
+from tests.hub_harness import DEADLINE_S, RunningHub, delta, snapshot
 from tests.intake_harness import make_ticket
 
 HELLO = Hello("actor-0", "i", slots=1)
+PREAMBLE = b"TNDM" + bytes([PROTOCOL_VERSION])
 
 
 @contextlib.contextmanager
@@ -62,6 +67,12 @@ async def link_to(hub: Hub, weights: bool = True) -> AsyncIterator[Link]:
         yield link
     finally:
         link.close()
+
+
+def resealed(manifest: Manifest, **changes: object) -> Manifest:
+    """A manifest with other fields and a digest that fits them."""
+    changed = msgspec.structs.replace(manifest, **changes)
+    return msgspec.structs.replace(changed, digest=manifest_digest(changed))
 
 
 async def soon(awaitable: Awaitable[Any]) -> Any:
@@ -130,9 +141,9 @@ BAD_FRAMES: dict[str, tuple[str, list[bytes]]] = {
     "empty": ("malformed", [b""]),
     "no magic": ("malformed", [b"GET / HTTP/1.1"]),
     "truncated": ("malformed", [bytes(codec.encode(HELLO)[0])[:-3]]),
-    "only preamble": ("malformed", [b"TNDM\x01"]),
-    "unknown message": ("malformed", [b"TNDM\x01" + msgspec.msgpack.encode({"t": "launch"})]),
-    "wrong type": ("malformed", [b"TNDM\x01" + msgspec.msgpack.encode({"t": "hello", "actor": 3})]),
+    "only preamble": ("malformed", [PREAMBLE]),
+    "unknown message": ("malformed", [PREAMBLE + msgspec.msgpack.encode({"t": "launch"})]),
+    "wrong type": ("malformed", [PREAMBLE + msgspec.msgpack.encode({"t": "hello", "actor": 3})]),
     "learner's message": ("malformed", [bytes(f) for f in codec.encode(Rehello())]),
     "superfluous buffer": ("malformed", [bytes(codec.encode(HELLO)[0]), b"more"]),
     "large frame": ("oversized", [b"x" * 2001]),
@@ -153,7 +164,7 @@ def test_hub_counts_a_bad_frame_and_goes_on_serving(bad: str) -> None:
             sock.send_multipart(frames)
             sock.send_multipart(frames)
         stranger.send_multipart(codec.encode(HELLO))
-        puller.send_multipart(codec.encode(ManifestRequest()))
+        puller.send_multipart(codec.encode(UpdateRequest()))
         running.until(lambda: [message for _, message in running.received] == [HELLO])
         running.until(lambda: dict(running.hub.faults.counts) == {fault: 4})
         if fault == "unknown version":
@@ -161,7 +172,7 @@ def test_hub_counts_a_bad_frame_and_goes_on_serving(bad: str) -> None:
                 refusal = codec.decode_from_learner(sock.recv_multipart())
                 assert isinstance(refusal, Refused)
                 assert "version 99" in refusal.reason
-                assert "speaks 1" in refusal.reason
+                assert f"speaks {PROTOCOL_VERSION}" in refusal.reason
         assert codec.decode_from_learner(puller.recv_multipart()) == Gone(0, 0)
 
 
@@ -191,7 +202,7 @@ def test_hub_ignores_what_subscribers_send() -> None:
                 assert time.monotonic() < deadline
                 version += 1
                 running.run(lambda v=version: running.hub.announce(snapshot(v)))
-            assert isinstance(codec.decode_from_learner(xsub.recv_multipart()), Manifest)
+            assert isinstance(codec.decode_from_learner(xsub.recv_multipart()), Update)
 
 
 def test_faults_are_logged_at_most_once_a_second(
@@ -227,15 +238,18 @@ async def test_link_counts_bad_frames_and_reads_on() -> None:
 
 
 async def test_link_reads_a_learner_of_another_version_as_a_refusal() -> None:
+    later = b"TNDM" + bytes([PROTOCOL_VERSION + 1])
+
     def answer(hub: Hub, peer: bytes, message: Message) -> None:
-        hub._work.send_multipart([peer, b"TNDM\x02" + bytes(codec.encode(Refused("unreadable"))[0])[5:]])
+        hub._work.send_multipart([peer, later + bytes(codec.encode(Refused("unreadable"))[0])[5:]])
 
     with RunningHub(answer=answer) as running:
         async with link_to(running.hub) as link:
             await link.send(HELLO)
             refusal = await soon(link.receive())
             assert isinstance(refusal, Refused)
-            assert "peer speaks protocol version 2, this side speaks 1" in refusal.reason
+            expected = f"peer speaks protocol version {PROTOCOL_VERSION + 1}, this side speaks {PROTOCOL_VERSION}"
+            assert expected in refusal.reason
 
 
 # --- nobody is waited for ---
@@ -297,7 +311,17 @@ async def fetched(link: Link, manifest: Manifest, chunk_bytes: int = 64, window:
     def write(offset: int, chunk: memoryview) -> None:
         data[offset : offset + len(chunk)] = chunk
 
-    await soon(link.fetch(manifest, chunk_bytes, window, write))
+    await soon(link.fetch(manifest.version, manifest.total_bytes, chunk_bytes, window, write))
+    return bytes(data)
+
+
+async def fetched_delta(link: Link, wanted: Delta, chunk_bytes: int = 64, window: int = 2) -> bytes:
+    data = bytearray(wanted.nbytes)
+
+    def write(offset: int, chunk: memoryview) -> None:
+        data[offset : offset + len(chunk)] = chunk
+
+    await soon(link.fetch(wanted.version, wanted.nbytes, chunk_bytes, window, write, "delta"))
     return bytes(data)
 
 
@@ -305,14 +329,13 @@ async def test_link_pulls_the_newest_version_whole() -> None:
     with RunningHub() as running:
         async with link_to(running.hub) as link:
             with pytest.raises(WeightsError, match="the learner has no weights yet"):
-                await soon(link.fetch_manifest())
+                await soon(link.fetch_update())
             first, second = snapshot(1), snapshot(2, 777)
             running.run(lambda: running.hub.announce(first))
             running.run(lambda: running.hub.announce(second))
-            manifest = await soon(link.fetch_manifest())
-            assert manifest == second.manifest
-            assert await fetched(link, manifest) == second.data
-            assert running.hub.bytes_sent == 777
+            assert await soon(link.fetch_update()) == Update(second.manifest)
+            assert await fetched(link, second.manifest) == second.data
+            assert running.run(lambda: running.hub.bytes_sent) == 777
             assert await fetched(link, first.manifest) == first.data, "the version before stays for pulls in flight"
 
 
@@ -322,26 +345,34 @@ async def test_link_is_told_that_a_version_is_gone_and_asks_again_undisturbed() 
             old = snapshot(1)
             for version in (1, 2, 3):
                 running.run(lambda v=version: running.hub.announce(snapshot(v)))
-            with pytest.raises(WeightsError, match="version 1 is gone, 3 can be had"):
+            with pytest.raises(WeightsError, match="the snapshot of version 1 is gone, version 3 can be had"):
                 await fetched(link, old.manifest, window=4)  # three more answers of the same kind are on their way
-            manifest = await soon(link.fetch_manifest())
+            manifest = (await soon(link.fetch_update())).manifest
             assert manifest.version == 3
             assert await fetched(link, manifest) == snapshot(3).data
 
 
 def test_hub_refuses_ranges_outside_a_version_and_beyond_the_frame_limit() -> None:
-    requests = [(1, 990, 20), (1, -1, 5), (1, 0, 0), (1, 0, 501), (2, 0, 5)]
+    old, new = snapshot(1), snapshot(2)
+    made = delta(old, new, 600)
+    snapshots = [(2, 990, 20), (2, -1, 5), (2, 0, 0), (2, 0, 501), (3, 0, 5)]
+    deltas = [(2, 590, 20), (2, -1, 5), (2, 0, 0), (2, 0, 501), (3, 0, 5), (1, 0, 5)]
     with (
         RunningHub(limits=codec.Limits(max_frame_bytes=500)) as running,
         raw_socket(zmq.DEALER, running.hub.bulk_endpoint) as puller,
     ):
-        running.run(lambda: running.hub.announce(snapshot(1)))
-        for request in requests:
-            puller.send_multipart(codec.encode(ChunkRequest(*request)))
-        for version, _, _ in requests:
-            assert codec.decode_from_learner(puller.recv_multipart()) == Gone(version, 1)
-        puller.send_multipart(codec.encode(ChunkRequest(1, 990, 10)))
-        assert codec.decode_from_learner(puller.recv_multipart()) == Chunk(1, 990, bytes(snapshot(1).data[990:]))
+        running.run(lambda: running.hub.announce(old))
+        running.run(lambda: running.hub.announce(new, made))
+        for form, requests in (("snapshot", snapshots), ("delta", deltas)):
+            for request in requests:
+                puller.send_multipart(codec.encode(ChunkRequest(*request, form)))
+            for version, _, _ in requests:
+                assert codec.decode_from_learner(puller.recv_multipart()) == Gone(version, 2, form)
+        puller.send_multipart(codec.encode(ChunkRequest(2, 990, 10)))
+        expected = Chunk(2, 990, "snapshot", bytes(new.data[990:]))
+        assert codec.decode_from_learner(puller.recv_multipart()) == expected
+        puller.send_multipart(codec.encode(ChunkRequest(2, 590, 10, "delta")))
+        assert codec.decode_from_learner(puller.recv_multipart()) == Chunk(2, 590, "delta", made[1][590:])
 
 
 async def test_link_keeps_exactly_window_requests_in_flight() -> None:
@@ -358,7 +389,7 @@ async def test_link_keeps_exactly_window_requests_in_flight() -> None:
             assert not await router.poll(20), "more requests in flight than the window allows"
             request = open_requests.pop(-1 if answered % 2 else 0)  # out of order
             data = source.chunk(request.offset, request.length)
-            await router.send_multipart([peer, *codec.encode(Chunk(1, request.offset, data))])  # type: ignore[arg-type]
+            await router.send_multipart([peer, *codec.encode(Chunk(1, request.offset, data=data))])  # type: ignore[arg-type]
         assert await soon(pulling) == source.data
 
 
@@ -370,26 +401,17 @@ async def test_link_asks_again_for_a_lost_chunk_and_then_gives_up(monkeypatch: p
         pulling = asyncio.ensure_future(fetched(link, source.manifest, chunk_bytes=100))
         for _ in range(2):  # the first is lost, the second answered with too little
             peer, *frames = await soon(router.recv_multipart())
-        await router.send_multipart([peer, *codec.encode(Chunk(1, 0, bytes(source.data[:50])))])
+        await router.send_multipart([peer, *codec.encode(Chunk(1, 0, data=bytes(source.data[:50])))])
         peer, *frames = await soon(router.recv_multipart())
         assert codec.decode_from_actor(frames) == ChunkRequest(1, 0, 100)
-        await router.send_multipart([peer, *codec.encode(Chunk(9, 0, bytes(100)))])  # another version's
-        await router.send_multipart([peer, *codec.encode(Chunk(1, 0, bytes(source.data)))])
+        for other in (Chunk(9, 0, data=bytes(100)), Gone(9, 1), Chunk(1, 0, "delta", bytes(100)), Gone(1, 1, "delta")):
+            await router.send_multipart([peer, *codec.encode(other)])  # to what was asked for earlier
+        await router.send_multipart([peer, *codec.encode(Chunk(1, 0, data=bytes(source.data)))])
         assert await soon(pulling) == source.data
         with pytest.raises(DeadlineExceeded, match=r"bytes 0\.\. of version 1 from the learner"):
             await fetched(link, source.manifest, chunk_bytes=100)
-        with pytest.raises(DeadlineExceeded, match="the newest manifest from the learner"):
-            await soon(link.fetch_manifest())
-
-
-async def test_link_refuses_a_damaged_manifest() -> None:
-    async with fake_learner() as (router, link):
-        asking = asyncio.ensure_future(link.fetch_manifest())
-        peer, *_ = await soon(router.recv_multipart())
-        damaged = msgspec.structs.replace(snapshot(1).manifest, step=99)
-        await router.send_multipart([peer, *codec.encode(damaged)])
-        with pytest.raises(WeightsError, match="digest does not fit"):
-            await soon(asking)
+        with pytest.raises(DeadlineExceeded, match="the newest version from the learner"):
+            await soon(link.fetch_update())
 
 
 @contextlib.asynccontextmanager
@@ -419,9 +441,179 @@ async def test_slow_puller_does_not_stall_the_other(monkeypatch: pytest.MonkeyPa
             stalled.send_multipart(codec.encode(ChunkRequest(1, 0, 1_000_000)))
         running.until(lambda: running.hub.faults.counts["pipe full"] > 0)
         async with link_to(running.hub) as link:
-            data = await fetched(link, await soon(link.fetch_manifest()), chunk_bytes=100_000, window=2)
+            data = await fetched(link, (await soon(link.fetch_update())).manifest, chunk_bytes=100_000, window=2)
             assert data == source.data
             check_data(source.manifest, memoryview(data))
+
+
+# --- deltas ---
+
+
+OLD, NEW, OTHER = snapshot(1), snapshot(2), snapshot(3)
+DELTA, PAYLOAD = delta(OLD, NEW, 300)
+UPDATE = Update(NEW.manifest, (DELTA,), PAYLOAD)
+DAMAGED: dict[str, Message] = {
+    "manifest": Update(msgspec.structs.replace(NEW.manifest, step=99), (DELTA,), PAYLOAD),
+    "manifest of unknown types": Update(
+        resealed(NEW.manifest, tensors=(msgspec.structs.replace(NEW.manifest.tensors[0], dtype="float4"),))
+    ),
+    "chain to another version": Update(OTHER.manifest, (DELTA,), PAYLOAD),
+    "chain with a gap": Update(NEW.manifest, (delta(OTHER, OLD, 0)[0], delta(OTHER, NEW, 300)[0]), PAYLOAD),
+    "payload too short": Update(NEW.manifest, (DELTA,), PAYLOAD[:-1]),
+    "payload too long": Update(NEW.manifest, (DELTA,), PAYLOAD + b"x"),
+    "payload of no delta": Update(NEW.manifest, (), PAYLOAD),
+    "delta larger than a snapshot": Update(NEW.manifest, (msgspec.structs.replace(DELTA, nbytes=1001),)),
+    "delta of less than nothing": Update(NEW.manifest, (msgspec.structs.replace(DELTA, nbytes=-1),)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+async def test_link_refuses_a_damaged_update(damage: str) -> None:
+    async with fake_learner() as (router, link):
+        for answer in (DAMAGED[damage], UPDATE):
+            asking = asyncio.ensure_future(link.fetch_update(1, "digest"))
+            peer, *frames = await soon(router.recv_multipart())
+            assert codec.decode_from_actor(frames) == UpdateRequest(1, "digest")
+            await router.send_multipart([peer, *codec.encode(answer)])
+            if answer is UPDATE:
+                assert await soon(asking) == UPDATE
+            else:
+                with pytest.raises(WeightsError, match=r"version [23]: "):
+                    await soon(asking)
+
+
+async def test_link_counts_damaged_news_and_reads_on() -> None:
+    news = [*DAMAGED.values(), Beat(2), Chunk(2, 0, data=b"abc")]
+    with RunningHub() as running:
+        async with link_to(running.hub) as link:
+            listening = asyncio.ensure_future(link.news())
+            await asyncio.to_thread(running.until, lambda: running.hub._subscribers == 1)
+            for message in news[:5]:
+                running.run(lambda m=message: running.hub._news.send_multipart(codec.encode(m)))
+            running.run(lambda: running.hub._news.send_multipart(codec.encode(UPDATE)))
+            assert await soon(listening) == UPDATE
+            assert dict(link.faults.counts) == {"malformed": 5}
+            for message in news[5:]:
+                running.run(lambda m=message: running.hub._news.send_multipart(codec.encode(m)))
+            running.run(lambda: running.hub._news.send_multipart(codec.encode(Update(OLD.manifest))))
+            assert await soon(link.news()) == Update(OLD.manifest)
+            assert dict(link.faults.counts) == {"malformed": len(news)}
+
+
+async def test_news_bring_a_small_delta_with_its_payload() -> None:
+    with RunningHub() as running:
+        async with link_to(running.hub) as link:
+            await asyncio.to_thread(running.until, lambda: running.hub._subscribers == 1)
+            running.run(lambda: running.hub.announce(OLD))
+            assert await soon(link.news()) == Update(OLD.manifest)
+            running.run(lambda: running.hub.announce(NEW, (DELTA, PAYLOAD)))
+            assert await soon(link.news()) == UPDATE
+            assert await soon(link.fetch_update(1, OLD.manifest.digest)) == UPDATE
+            assert await soon(link.fetch_update(1, "another")) == Update(NEW.manifest)
+            assert await soon(link.fetch_update(2, NEW.manifest.digest)) == Update(NEW.manifest)
+
+
+async def test_link_pulls_a_large_delta_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "INLINE_BYTES", 299)
+    with RunningHub() as running:
+        async with link_to(running.hub) as link:
+            await asyncio.to_thread(running.until, lambda: running.hub._subscribers == 1)
+            running.run(lambda: running.hub.announce(OLD))
+            running.run(lambda: running.hub.announce(NEW, (DELTA, PAYLOAD)))
+            without_payload = Update(NEW.manifest, (DELTA,))
+            assert await soon(link.news()) == Update(OLD.manifest)
+            assert await soon(link.news()) == without_payload
+            assert await soon(link.fetch_update(1, OLD.manifest.digest)) == without_payload
+            assert running.run(lambda: running.hub.bytes_sent) == 0
+            assert await fetched_delta(link, DELTA) == PAYLOAD
+            assert running.run(lambda: running.hub.bytes_sent) == 300
+            assert await fetched(link, NEW.manifest) == NEW.data, "the snapshot of the same version is something else"
+
+
+async def test_link_is_told_that_a_delta_is_gone() -> None:
+    with RunningHub() as running:
+        async with link_to(running.hub) as link:
+            running.run(lambda: running.hub.announce(OLD))
+            running.run(lambda: running.hub.announce(NEW, (DELTA, PAYLOAD)))
+            last, payload = delta(NEW, OTHER, 701)  # with it, more than a snapshot
+            running.run(lambda: running.hub.announce(OTHER, (last, payload)))
+            with pytest.raises(WeightsError, match="the delta of version 2 is gone, version 3 can be had"):
+                await fetched_delta(link, DELTA, window=4)
+            assert await soon(link.fetch_update(1, OLD.manifest.digest)) == Update(OTHER.manifest)
+            assert await fetched_delta(link, last) == payload
+            assert await fetched(link, NEW.manifest) == NEW.data, "its snapshot is still there"
+
+
+async def test_hub_counts_the_bytes_of_weights_that_it_sends() -> None:
+    """Chunks and payloads, the latter for each of those who listen."""
+    versions = [snapshot(number) for number in range(1, 5)]
+    with RunningHub() as running, raw_socket(zmq.SUB, running.hub.news_endpoint) as other:
+        other.subscribe(b"")
+        running.until(lambda: running.hub._subscribers == 1)
+
+        def announced(number: int, size: int) -> int:
+            made = delta(versions[number - 2], versions[number - 1], size) if size else None
+            running.run(lambda: running.hub.announce(versions[number - 1], made))
+            return sent()
+
+        def sent() -> int:
+            return running.run(lambda: running.hub.bytes_sent)
+
+        async with link_to(running.hub) as link:
+            await asyncio.to_thread(running.until, lambda: running.hub._subscribers == 2)
+            assert announced(1, 0) == 0
+            assert announced(2, 100) == 200
+            for heard in (1, 2):
+                update = codec.decode_from_learner(other.recv_multipart())
+                assert update == await soon(link.news())
+                assert (update.manifest.version, len(update.payload)) == (heard, 100 * (heard - 1))
+            await soon(link.fetch_update(1, versions[0].manifest.digest))
+            assert sent() == 300
+            await soon(link.fetch_update())
+            assert sent() == 300, "a manifest is none of the weights"
+            await fetched(link, versions[1].manifest)
+            assert sent() == 1300
+        await asyncio.to_thread(running.until, lambda: running.hub._subscribers == 1)
+        assert announced(3, 10) == 1310
+        other.unsubscribe(b"")
+        await asyncio.to_thread(running.until, lambda: running.hub._subscribers == 0)
+        assert announced(4, 10) == 1310
+
+
+async def test_hub_keeps_little_for_a_subscriber_that_reads_nothing() -> None:
+    """What it is not given it asks for later; meanwhile nobody else misses anything."""
+    size, num_versions = 1 << 20, 50
+    small = snapshot(1, size)
+    with (
+        RunningHub() as running,
+        raw_socket(zmq.SUB, running.hub.news_endpoint, RCVHWM=1, RCVBUF=4096) as stalled,
+    ):
+        stalled.subscribe(b"")
+        running.until(lambda: running.hub._subscribers == 1)
+        async with link_to(running.hub) as link:
+            await asyncio.to_thread(running.until, lambda: running.hub._subscribers == 2)
+            running.run(lambda: running.hub.announce(small))
+            await soon(link.news())
+            tracemalloc.start()
+            try:
+                for number in range(2, num_versions):
+                    base = resealed(small.manifest, version=number - 1)
+                    new = resealed(small.manifest, version=number)
+                    made = delta(Snapshot(base, small.data), Snapshot(new, small.data), size)
+                    running.run(lambda n=new, d=made: running.hub.announce(Snapshot(n, small.data), d))
+                    update = await soon(link.news())
+                    assert (update.manifest.version, len(update.payload)) == (number, size)
+                    del update, made
+                bound = (sockets.NEWS_HIGH_WATER_MARK + 8) * size
+                await asyncio.to_thread(running.until, lambda: tracemalloc.get_traced_memory()[0] < bound)
+            finally:
+                tracemalloc.stop()
+        heard: list[int] = []
+        while num_versions not in heard:  # what it was not told while it did not read is not told later
+            running.run(lambda: running.hub.announce(snapshot(num_versions)))
+            heard.append(codec.decode_from_learner(stalled.recv_multipart()).manifest.version)
+        assert heard[:-1] == list(range(1, len(heard)))
+        assert sockets.NEWS_HIGH_WATER_MARK < len(heard) < num_versions / 2
 
 
 # --- a learner that comes back ---
@@ -470,7 +662,7 @@ async def test_link_moves_to_another_address_without_disturbing_who_waits() -> N
                 await asyncio.to_thread(second.run, lambda v=version: second.hub.announce(snapshot(v)))
                 await asyncio.wait([news], timeout=0.05)
                 assert version < 400
-            assert (await soon(link.fetch_manifest())).version == version
+            assert (await soon(link.fetch_update())).manifest.version == version
             with pytest.raises(ValueError, match="learner address: found 'bad'"):
                 link.reconnect("bad")
             await link.send(HELLO)
@@ -493,7 +685,7 @@ async def test_frames_keep_their_order_and_bytes_on_the_work_socket() -> None:
 async def test_pull_from_a_learner_that_was_restarted_ends_at_once() -> None:
     source = snapshot(1)
     async with fake_learner() as (router, link):
-        for pull in (lambda: link.fetch(source.manifest, 64, 2, lambda offset, data: None), link.fetch_manifest):
+        for pull in (lambda: link.fetch(1, 1000, 64, 2, lambda offset, data: None), link.fetch_update):
             pulling = asyncio.ensure_future(pull())
             await soon(router.recv_multipart())
             with RunningHub() as second:
@@ -501,6 +693,6 @@ async def test_pull_from_a_learner_that_was_restarted_ends_at_once() -> None:
                 with pytest.raises(WeightsError, match="the learner was restarted during a pull"):
                     await asyncio.wait_for(pulling, sockets.CHUNK_TIMEOUT_S / 2)
                 await asyncio.to_thread(second.run, lambda hub=second.hub: hub.announce(source))
-                assert await soon(link.fetch_manifest()) == source.manifest
+                assert (await soon(link.fetch_update())).manifest == source.manifest
             port = router.getsockopt_string(zmq.LAST_ENDPOINT)
             link.open_weights(port, port)

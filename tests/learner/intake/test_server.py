@@ -23,11 +23,11 @@ from protocol.messages import (
     Failed,
     Group,
     Heartbeat,
-    ManifestRequest,
     Refused,
     Rehello,
     Ticket,
     TicketId,
+    UpdateRequest,
     Welcome,
 )
 from tests.actor_harness import DEADLINE_S, ActorThread, Puppet, indices, train, until
@@ -140,7 +140,7 @@ def test_stranger_is_asked_to_say_hello_and_changes_nothing(tmp_path: Path) -> N
         puppet.hello()
         (welcome,) = puppet.next(Welcome)
         assert (welcome.bulk, welcome.news) == (intake.hub.bulk_endpoint, intake.hub.news_endpoint)
-        puppet.send(ManifestRequest())  # on the wrong socket
+        puppet.send(UpdateRequest())  # on the wrong socket
         puppet.next(Ticket)
         puppet.settle()
         assert intake.hub.faults.counts["malformed"] == 1

@@ -1,0 +1,51 @@
+"""Locks on files, between the processes of a node: the kernel lets go of them when a process dies. Used by staging."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import time
+from pathlib import Path
+
+from protocol.errors import DeadlineExceeded
+
+POLL_S = 0.01
+
+
+class FileLock:
+    """A lock on a file, held until `release` or the end of the process; several may share one."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file, which is created if need be."""
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def try_to(self, share: bool) -> bool:
+        """Take the lock, or change it to a shared or an exclusive one; False if somebody else is in the way."""
+        try:
+            fcntl.flock(self._descriptor, (fcntl.LOCK_SH if share else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    async def take(self, share: bool, what: str, timeout_s: float) -> None:
+        """Wait for the lock. Raises DeadlineExceeded, naming `what` is waited for."""
+        deadline = time.monotonic() + timeout_s
+        while not self.try_to(share):
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(f"{what} ({self.path})", timeout_s)
+            await asyncio.sleep(POLL_S)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the file is still there under its name: else the lock is on something that nobody else finds."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+        except OSError:
+            return False
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
