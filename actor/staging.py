@@ -100,22 +100,17 @@ class Staging:
         for _ in range(MAX_HOPS):
             heard = news if news and news.manifest.version >= newest else None
             staged = await self._hop(link, welcome, heard, newest, serving)
-            if staged is None and newest <= serving:
-                return None
-            if staged is None:
-                break
-            if staged.manifest.version >= newest:
+            if staged is None or staged.manifest.version >= newest:
                 return staged
             staged.release()
             if staged.manifest.version <= version:
                 break
             version = staged.manifest.version
-        raise WeightsError(f"version {newest} was announced, {max(version, serving)} can be had")
+        raise WeightsError(f"version {newest} was announced, {version} can be had")
 
     async def _hop(self, link: Link, welcome: Welcome, news: Update | None, newest: int, serving: int) -> Staged | None:
-        """Stage what the learner sends us to: the newest version, or an older snapshot to go on from.
-
-        None if that is of no use: there is nothing newer than `serving`, or than what lies here."""
+        """Stage what the learner sends us to: the newest version, or an older snapshot to go on from, which may be
+        older than `serving`, too, if the slots were lost. None if nothing newer is announced or to be had."""
         if self._users is None or not self._users.is_current:  # also when somebody cleaned up around us
             self.leave()
             await self._open(news.manifest if news else (await link.fetch_update()).manifest)
@@ -124,7 +119,7 @@ class Staging:
             update = news if news and self._leads_on(news, base) else await self._ask(link, base)
             manifest = update.manifest
             slot, held = base or (0, Held(0, ""))
-            if manifest.version <= serving and (newest <= serving or held.digest == manifest.digest):
+            if max(manifest.version, newest) <= serving:
                 return None
             if held.digest == manifest.digest:
                 return await self._found(slot, manifest)

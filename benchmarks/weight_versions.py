@@ -27,7 +27,8 @@ SETTLING_UPDATES = 4
 
 def versions(lr: float, count: int) -> Iterator[tuple[tuple[TensorSpec, ...], torch.Tensor]]:
     """(specs, flat uint8 buffer) of `count` consecutive versions in bfloat16."""
-    recipe = load_recipe(RECIPE, (f"warm_start.examples={BATCH_SIZE * (SETTLING_UPDATES + count)}",))
+    examples = BATCH_SIZE * (SETTLING_UPDATES + count)
+    recipe = load_recipe(RECIPE, (f"warm_start.examples={examples}", "task.max_operand=99"))
     path = resolve_model(recipe.model.path, lambda line: None)
     model = load_model(path, recipe.model, recipe.learner)
     task = load_task(recipe, AutoTokenizer.from_pretrained(path))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from actor import fake_engine, follower
@@ -38,6 +39,8 @@ from protocol.messages import (
     Hello,
     Manifest,
     Message,
+    Probe,
+    Probed,
     Refused,
     Rehello,
     Sampling,
@@ -395,6 +398,62 @@ async def test_nothing_is_submitted_during_a_swap() -> None:
             await learner.wait_for(Group, 3)
             assert engine.started_in_a_load == []
             assert {salt for _, salt in engine.started} == {"2"}, "the salt is of the version that serves at the start"
+
+
+def probe_of(version: int, max_tokens: int = 30) -> Probe:
+    return Probe(version, ((1, 2), (3, 4), (5, 6)), max_tokens, seed=3)
+
+
+async def test_probe_is_answered_with_what_the_engine_draws() -> None:
+    engine = FakeEngine()
+    with ScriptedLearner() as learner:
+        async with running(learner, engine, version=4):
+            await learner.send(probe_of(4))
+            (probed,) = await learner.wait_for(Probed)
+            drawn = [
+                await engine.generate(f"again-{index}", prompt, Sampling(30), 3 + index, "x")
+                for index, prompt in enumerate(probe_of(4).prompts)
+            ]
+            assert (probed.version, probed.checksum) == (4, "")
+            assert probed.num_tokens == tuple(len(one.token_ids) for one in drawn)
+            expected = [token for one in drawn for token in one.token_ids]
+            assert np.frombuffer(probed.token_ids, "<i4").tolist() == expected
+            logprobs = [logprob for one in drawn for logprob in one.logprobs]
+            assert np.frombuffer(probed.logprobs, "<f4").tolist() == pytest.approx(logprobs)
+
+
+async def test_version_waits_for_the_probe_of_the_one_before() -> None:
+    engine = FakeEngine(token_s=0.01)
+    with ScriptedLearner() as learner:
+        async with running(learner, engine):
+            await learner.send(probe_of(1))
+            await until(lambda: engine.started)
+            await learner.announce(snapshot(2))
+            (probed,) = await learner.wait_for(Probed)
+            assert probed.version == 1, "all of its tokens are of that version"
+            await until(lambda: engine.version == 2)
+
+
+async def test_probe_of_a_version_that_is_gone_is_not_answered() -> None:
+    engine = FakeEngine()
+    with ScriptedLearner() as learner:
+        async with running(learner, engine, version=2):
+            await learner.send(probe_of(1), probe_of(2))
+            (probed,) = await learner.wait_for(Probed)
+            assert probed.version == 2
+
+
+async def test_probe_that_takes_too_long_holds_no_version_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follower, "PROBE_S", 0.05)
+    engine = FakeEngine(token_s=0.05)
+    with ScriptedLearner() as learner:
+        async with running(learner, engine):
+            await learner.send(probe_of(1, max_tokens=40))
+            await until(lambda: engine.started)
+            await learner.publish(2)
+            await learner.send(probe_of(2, max_tokens=1))
+            (probed,) = await learner.wait_for(Probed)
+            assert probed.version == 2, "the first one drew tokens of both"
 
 
 async def test_gate_lets_a_cancelled_waiter_go_without_losing_a_slot() -> None:

@@ -88,6 +88,12 @@ async def test_each_completion_has_its_own_request_and_seed() -> None:
     assert {request["prompt_ids"] for request in engine.requests} == {(3, 4)}
 
 
+async def test_prefixes_are_shared_between_versions_only_if_the_recipe_says_so() -> None:
+    engine = ScriptedEngine()
+    await rollout(engine, LengthGrader(), OpenGate(), TICKET, "actor-3", share_cache=True)
+    assert {request["cache_salt"] for request in engine.requests} == {""}
+
+
 def test_completion_seeds_are_fixed_positive_and_all_different() -> None:
     assert completion_seed(0, 0) == completion_seed(0, 0)
     seeds = {completion_seed(seed, index) for seed in range(100) for index in range(100)}

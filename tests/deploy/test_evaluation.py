@@ -365,6 +365,18 @@ def test_report_has_a_row_for_every_evaluation_in_order(tmp_path: Path) -> None:
     assert "gain +1.000 = warm start +0.000, GRPO +1.000" in text
     assert "samples after GRPO" in text
     assert "1000 completion tokens" in text
+    assert "deltas" not in text and "parity" not in text, "a run of before they were counted"
+
+
+def test_report_says_what_deltas_saved_how_old_tokens_were_and_what_probes_found(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    weights = SUMMARY["weights"] | {"bytes_dense": 269e6, "bytes_delta_p50": 0.538e6}
+    parity = {"checks": 6, "blind": 2, "worst_nats": 0.0345}
+    write_json(run.summary, SUMMARY | {"weights": weights, "lag_tokens": {"0": 300, "1": 700}, "parity": parity})
+    text = " ".join(printed(run).split())
+    assert "0.50 steps mean, 1 max; of the tokens 0: 30%, 1: 70%" in text
+    assert "deltas 0.54 MB, 1/500 of a snapshot (median)" in text
+    assert "6 probes of engines, 0.035 nats a token from the learner at most; 2 could not have seen one update" in text
 
 
 @pytest.mark.parametrize(("method", "name"), [("sft", "SFT"), ("dpo", "DPO"), ("expert_iteration", "expert iteration")])

@@ -150,6 +150,23 @@ def test_any_other_host_is_refused(host: str) -> None:
         check_loopback(host)
 
 
+@pytest.mark.parametrize(("max_lag", "limit"), [(0, 0), (1, 1), (2, 3)])
+def test_token_lag_that_no_token_reaches_is_refused(max_lag: int, limit: int) -> None:
+    assert f"grpo.max_token_lag: found {limit}, allowed: -1 (off), or less than rollout.max_lag = {max_lag}" in refusal(
+        rollout={"max_lag": max_lag}, grpo={"max_token_lag": limit}
+    )
+    recipe = parse_recipe({"rollout": {"max_lag": limit + 1}, "grpo": {"max_token_lag": limit}}, "r.toml")
+    assert recipe.grpo.max_token_lag == limit
+
+
+@pytest.mark.parametrize(
+    ("engine", "parity", "every"), [("vllm", "stop", 7), ("vllm", "warn", 7), ("vllm", "off", 0), ("fake", "stop", 0)]
+)
+def test_engines_are_probed_unless_their_logprobs_mean_nothing(engine: str, parity: str, every: int) -> None:
+    recipe = parse_recipe({"actor": {"engine": engine}, "weights": {"parity": parity, "parity_every": 7}}, "r.toml")
+    assert recipe.parity_every == every
+
+
 # --- files and --set ---
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from actor.fake_engine import FakeEngine
 from learner.intake.journal import read_failed
+from learner.intake.probes import Probes
 from learner.intake.server import FATAL_FAILURES
 from learner.intake.source import FATAL_TICKETS, Interrupted, TicketsFail
 from protocol.errors import DeadlineExceeded, EngineFailed
@@ -23,6 +25,8 @@ from protocol.messages import (
     Failed,
     Group,
     Heartbeat,
+    Probe,
+    Probed,
     Refused,
     Rehello,
     Ticket,
@@ -419,3 +423,64 @@ def test_report_of_a_wait_is_made_outside_the_lock(tmp_path: Path) -> None:
         with pytest.raises(Interrupted):
             intake.source.take(DEADLINE_S)
         assert answered == [True]
+
+
+# --- probes of the weights ---
+
+
+def probing(tmp_path: Path) -> Intake:
+    intake = Intake(tmp_path)
+    intake.server.probes = Probes(2, 0, 1000, 64)
+    return intake
+
+
+def answer(probe: Probe, token: int = 7) -> Probed:
+    count = 2 * len(probe.prompts)
+    return Probed(
+        probe.version, (2,) * len(probe.prompts), "", np.full(count, token, "<i4").tobytes(),
+        np.full(count, -1, "<f4").tobytes(),
+    )  # fmt: skip
+
+
+def test_actor_that_confirms_its_first_version_is_probed_and_its_answer_kept(tmp_path: Path) -> None:
+    with probing(tmp_path) as intake, Puppet(intake.address) as puppet:
+        leased(intake, puppet, 1)
+        puppet.beat()
+        (probe,) = puppet.next(Probe)
+        assert probe.version == 1
+        assert not intake.source.wait_for_probe(0.01)
+        puppet.send(answer(probe))
+        assert intake.source.wait_for_probe(DEADLINE_S)
+        (result,) = intake.server.probes.results
+        assert (result.actor, result.probe, result.probed) == ("actor-9", probe, answer(probe))
+        assert result.snapshot.manifest.version == 1
+        puppet.settle()
+        assert [type(message) for message in puppet.received].count(Probe) == 1
+
+
+def test_answer_that_nobody_asked_for_is_counted_and_dropped(tmp_path: Path) -> None:
+    with probing(tmp_path) as intake, Puppet(intake.address) as puppet:
+        leased(intake, puppet, 1)
+        puppet.beat()
+        (probe,) = puppet.next(Probe)
+        puppet.send(answer(probe, token=1000))
+        puppet.send(answer(msgspec.structs.replace(probe, version=2)))
+        puppet.settle()
+        assert intake.hub.faults.counts["stray probe"] == 2
+        assert not intake.server.probes.results
+
+
+def test_actor_that_left_is_not_waited_for_with_a_snapshot(tmp_path: Path) -> None:
+    with probing(tmp_path) as intake, Puppet(intake.address) as puppet:
+        leased(intake, puppet, 1)
+        puppet.beat()
+        puppet.next(Probe)
+        assert intake.server.probes._pending
+        puppet.goodbye()
+        until(lambda: not intake.server.peers, "the goodbye")
+        assert not intake.server.probes._pending
+
+
+def test_run_without_probes_waits_for_none(tmp_path: Path) -> None:
+    with Intake(tmp_path) as intake:
+        assert intake.source.wait_for_probe(0.01)

@@ -19,7 +19,7 @@ STEP_OF_VERSION = {3: 7, 4: 8, 5: 9}
 def recipe(minibatches: int = 1, **grpo: object) -> Recipe:
     return Recipe.model_validate(
         {
-            "rollout": {"groups_per_step": 4, "group_size": 3},
+            "rollout": {"groups_per_step": 4, "group_size": 3, "max_lag": 2},
             "grpo": {"advantage": "group_mean"} | grpo,
             "optim": {"minibatches": minibatches},
         }
@@ -53,6 +53,27 @@ def test_make_batch_counts_lag_in_steps_token_by_token() -> None:
     assert [sample.lag.tolist() for sample in row.samples] == [[2, 2, 0, 0], [1, 1], [0, 0, 0]]
     assert batch.stats["lag_mean"] == pytest.approx(6 / 9)
     assert batch.stats["lag_max"] == 2
+
+
+def test_make_batch_counts_the_tokens_of_each_lag() -> None:
+    stats = make(recipe(skip_zero_advantage=False)).stats
+    assert {name: value for name, value in stats.items() if name.startswith("lag_tokens_")} == {
+        "lag_tokens_0": 4 * 5, "lag_tokens_1": 4 * 2, "lag_tokens_2": 4 * 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [(-1, [4, 2, 3]), (0, [2, 0, 3]), (1, [2, 2, 3])],
+)
+def test_tokens_of_weights_too_far_back_are_left_out_of_the_loss(limit: int, kept: list[int]) -> None:
+    batch = make(recipe(skip_zero_advantage=False, max_token_lag=limit))
+    row = batch.minibatches[0].rows[0]
+    samples = [sample for sample in row.samples if sample.mask.any()]
+    assert [int(sample.mask.sum()) for sample in samples] == [count for count in kept if count]
+    assert samples[0].mask.tolist() == [limit == -1] * 2 + [True] * 2, "the part before the update, token by token"
+    assert batch.minibatches[0].num_tokens == 4 * sum(kept), "they are no part of the denominator either"
+    assert batch.stats["lag_max"] == 2, "what was drawn is described as it was"
 
 
 def test_make_batch_leaves_out_zero_advantage_but_not_from_the_denominators() -> None:
