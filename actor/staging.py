@@ -289,7 +289,7 @@ class Staging:
                     directory.rename(gone)  # at once: who joins now makes a new one, of which nothing is removed
                     shutil.rmtree(gone, ignore_errors=True)
             self._users.release()
-            self._users = None
+            self._users, self._slots = None, Slots(Path())  # a removed file takes up its room while it is mapped
 
 
 def _check_private(directory: Path) -> None:

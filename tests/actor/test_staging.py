@@ -915,6 +915,19 @@ async def test_last_who_leaves_takes_nothing_from_one_who_joins(bench: Bench, mo
     assert [path.name for path in bench.root.iterdir()] == ["tandem-r-weights"]
 
 
+async def test_actor_that_leaves_keeps_no_removed_file_in_memory(bench: Bench) -> None:
+    """Else the room for the two slots would still be taken when it looks for some."""
+    actor = bench.actor()
+    bench.announce(1)
+    await actor.stage(1)
+    bench.announce(2)
+    await actor.stage(2)
+    maps = Path("/proc/self/maps")
+    assert f"{bench.root}/tandem-r-weights/slot-1.safetensors" in maps.read_text()
+    actor.staging.leave()
+    assert str(bench.root) not in maps.read_text()
+
+
 async def test_directory_that_somebody_removed_is_made_again(bench: Bench) -> None:
     actor = bench.actor()
     bench.announce(1)
