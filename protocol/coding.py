@@ -1,8 +1,9 @@
 """What changed in a run of elements <-> bytes. Pure functions over arrays of bits; used by `deltas.py` alone.
 
 A changed element is its place and its move. Places are coded as gaps, moves as the difference of the two bit patterns
-as integers (modulo their width, small ones of either sign first); both are cut into planes of bytes, and zstandard
-codes each plane by entropy. Bits are compared, not values: NaNs, their payloads and the sign of zero are kept.
+as integers (modulo their width, small ones of either sign first), in the order of the elements' exponents. Both are cut
+into planes of bytes, and zstandard codes each plane by entropy. Bits are compared, not values: NaNs, their payloads and
+the sign of zero are kept.
 
 An update of a size that hardly depends on the weight (Adam's) changes most small floats and hardly any large one, whose
 neighbours lie further apart. So elements are two classes, below and above a threshold of magnitude, and places are
@@ -122,7 +123,7 @@ def encode_changes(old: np.ndarray, now: np.ndarray, indices: np.ndarray, small:
     was, became = old[inside], now[inside]
     places = np.flatnonzero(was != became)
     others = indices[~_below(before, threshold)]
-    coded = _encode_part(places, became[places] - was[places]) + _encode_part(others, now[others] - old[others])
+    coded = _encode_part(places, was[places], became[places]) + _encode_part(others, old[others], now[others])
     small.follow(now, places, others)
     return LENGTH.pack(threshold) + coded
 
@@ -142,6 +143,7 @@ def apply_changes(payload: memoryview, bits: np.ndarray, small: SmallElements) -
     if _below(bits[others], threshold).any():
         raise WeightsError("delta with small elements among the others")
     changed = inside[places]
+    small_moves, moves = _in_place_order(small_moves, bits[changed]), _in_place_order(moves, bits[others])
     bits[changed] += small_moves
     bits[others] += moves
     small.follow(bits, places, others)
@@ -173,14 +175,14 @@ def _changed(old: np.ndarray, now: np.ndarray) -> np.ndarray:
     return np.concatenate([found, whole + np.flatnonzero(old[whole:] != now[whole:])])
 
 
-def _encode_part(places: np.ndarray, moves: np.ndarray) -> bytes:
+def _encode_part(places: np.ndarray, before: np.ndarray, after: np.ndarray) -> bytes:
     gap_planes = _used(planes(np.diff(places, prepend=-1) - 1))
-    move_planes = _used(planes(zigzag(moves)))
+    move_planes = _used(planes(zigzag((after - before)[_by_exponent(before)])))
     return PART.pack(len(places), len(gap_planes), len(move_planes)) + pack([*gap_planes, *move_planes])
 
 
 def _decode_part(data: memoryview, size: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, memoryview]:
-    """(places in a class of `size`, moves, what follows)."""
+    """(places in a class of `size`, moves ordered `_by_exponent`, what follows)."""
     (count, gap_planes, move_planes), data = _take(PART, data)
     if count > size or gap_planes > 8 or move_planes > dtype.itemsize:
         raise WeightsError(f"delta of {count} elements in {gap_planes} + {move_planes} planes, of {size}")
@@ -192,6 +194,18 @@ def _decode_part(data: memoryview, size: int, dtype: np.dtype) -> tuple[np.ndarr
     if count and places[-1] >= size:
         raise WeightsError(f"delta of element {places[-1]}, there are {size}")
     return places, unzigzag(join(found[gap_planes:], dtype, count)), data
+
+
+def _by_exponent(before: np.ndarray) -> np.ndarray:
+    """The order in which moves are coded: those of elements of one magnitude, which are alike, next to each other."""
+    return np.argsort(_exponents(before), kind="stable")
+
+
+def _in_place_order(coded: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Moves as they belong to their places."""
+    moves = np.empty_like(coded)
+    moves[_by_exponent(before)] = coded
+    return moves
 
 
 def zigzag(moves: np.ndarray) -> np.ndarray:
