@@ -215,7 +215,7 @@ def moved(bits: np.ndarray, share: float, seed: int = 9) -> np.ndarray:
         ("delta", noise(0), moved(noise(0), 0.01)),
         ("delta", noise(0), moved(noise(0), 0.12)),
         ("delta", noise(0), moved(noise(0), 0.2)),
-        ("moves", noise(0), moved(noise(0), 1.0)),
+        ("moves", noise(0), moved(noise(0), 0.9)),
         ("zstd", noise(0), noise(1) % 50),
         ("zstd", noise(0), np.zeros(20_000, "<u2")),
         ("zstd", np.where(np.arange(20_000) % 5, 0, noise(0)).astype("<u2"), np.zeros(20_000, "<u2")),
