@@ -19,8 +19,6 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).resolve().parent / "results"
-DENSE_BYTES = 269_030_016
-"""bfloat16 weights of SmolLM2-135M, tied tensors once."""
 FAKE_TOKEN_S = 3.0
 """Makes the sleeping engine's rollouts about as long as the learner's step here."""
 
@@ -57,13 +55,26 @@ def print_loop(console: Console, title: str, result: dict[str, Any]) -> None:
 
 
 def print_weights(console: Console, result: dict[str, Any]) -> None:
-    table = Table("dense update", "seconds", "GB/s", title=f"{result['bytes'] / 1e6:.0f} MB to another process")
-    table.add_row("raw loopback TCP", f"{result['raw_tcp_s']:.2f}", f"{result['raw_tcp_gb_per_s']:.2f}")
-    pull = result["pull_only_s"]
-    table.add_row("chunk pull alone", f"{pull:.2f}", f"{result['bytes'] / pull / 1e9:.2f}")
-    table.add_row("fetched, staged, checked", f"{result['update_s']:.2f}", f"{result['update_gb_per_s']:.2f}")
+    from benchmarks.weights_speed import LEARNING_RATES, STAGES
+
+    table = Table("update", "MB", *STAGES, "sum", title="to another process; seconds, medians")
+    rows = {f"{way}, lr {lr:g}": result[f"lr {lr:g}"][way] for lr in LEARNING_RATES for way in ("dense", "delta")}
+    rows |= {name: result[name] for name in ("raw TCP", "raw ZeroMQ", "torch.save")}
+    for name, row in rows.items():
+        seconds = (f"{row[stage]:.3f}" if stage in row else "" for stage in STAGES)
+        table.add_row(name, f"{row['bytes'] / 1e6:.2f}", *seconds, f"{row['total']:.3f}")
     console.print(table)
-    console.print(f"update / raw TCP, seconds: {result['update_over_raw_tcp']:.2f}")
+    for lr in LEARNING_RATES:
+        found = result[f"lr {lr:g}"]
+        sizes = sorted(found["dense"]["bytes"] / size for size in found["delta_bytes"])
+        console.print(
+            f"lr {lr:g}: 1/{found['smaller']:.0f} of dense (1/{sizes[0]:.0f} to 1/{sizes[-1]:.0f}), "
+            f"{min(found['changed']):.2%} to {max(found['changed']):.2%} of the elements changed; "
+            f"dense / delta, seconds: {found['faster']:.2f}"
+        )
+    console.print(f"dense over the wire / raw ZeroMQ, bytes a second: {result['dense_wire_over_raw_zmq']:.2f}")
+    if "pause_s" in result:
+        console.print(f"the engine's pause to load a version, the same for both: {result['pause_s']:.2f} s")
 
 
 def main() -> None:
@@ -78,7 +89,7 @@ def main() -> None:
         if part == "weights":
             from benchmarks import weights_speed
 
-            results[part] = weights_speed.measure(DENSE_BYTES)
+            results[part] = weights_speed.measure()
             print_weights(console, results[part])
         elif part in ("vllm", "sleeping"):
             from benchmarks import loop_speed
