@@ -214,6 +214,9 @@ class ActorLoop:
                 await self.link.send(self._hello())  # with the number of slots, now that it is known to be real
                 background += [asyncio.create_task(self.weights.listen()), asyncio.create_task(self.weights.follow())]
                 return await self._or_fail(self._done, background)
+        except EngineFailed:  # whoever is started in its place finds what is staged
+            self.weights.staging.leave(keep=True)
+            raise
         finally:
             tasks = [*background, *self.held.values(), *self._probing]
             for task in tasks:

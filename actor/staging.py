@@ -279,10 +279,10 @@ class Staging:
         finally:
             lock.release()
 
-    def leave(self) -> None:
-        """Let go of the directory; the last one removes it."""
+    def leave(self, keep: bool = False) -> None:
+        """Let go of the directory; the last one removes it, unless what is in it is to be kept for a successor."""
         if self._users is not None:
-            if self._users.is_current and self._users.try_to(share=False):
+            if not keep and self._users.is_current and self._users.try_to(share=False):
                 directory = self._users.path.parent
                 gone = directory.with_name(f"{directory.name}-{secrets.token_hex(4)}")
                 with contextlib.suppress(OSError):

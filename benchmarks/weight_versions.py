@@ -20,7 +20,7 @@ from protocol.config import load_recipe
 from protocol.messages import TensorSpec
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.toml"
-BATCH_SIZE = 16
+BATCH_SIZE = 8
 SETTLING_UPDATES = 4
 """Updates before the first version: AdamW's very first ones move every weight by the full learning rate."""
 

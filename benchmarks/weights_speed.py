@@ -34,7 +34,7 @@ from protocol.tensors import tensor_view
 from protocol.weights import Snapshot, make_snapshot
 
 LEARNING_RATES = (1e-6, 1e-5)
-VERSIONS = 9
+VERSIONS = 8
 SETTLED = 3
 """Versions before the first that counts: a snapshot, the first delta (a second slot is filled), one more."""
 ROUNDS = 5

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from actor.fake_engine import FakeEngine, draw
 from actor.gate import EngineGate
 from actor.locks import FileLock
 from actor.loop import ActorLoop, LearnerLost, LearnerRefused, learner_address, make_engine
+from actor.staging import SHARED_MEMORY
 from protocol.deltas import DeltaCoder
 from protocol.errors import EngineFailed
 from protocol.messages import (
@@ -58,6 +59,13 @@ GROUP_SIZE = 2
 MAX_RUNNING = 4
 RUN = f"loop-test-{os.getpid()}"
 """Actors of a run share a directory, those of tests that run side by side must not."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_staged() -> Iterator[None]:
+    """What a failed actor leaves for its successor is not for the next test."""
+    yield
+    shutil.rmtree(SHARED_MEMORY / f"tandem-{RUN}-weights", ignore_errors=True)
 
 
 class ScriptedLearner(RunningHub):
@@ -344,6 +352,12 @@ async def test_engine_that_fails_in_mid_swap_is_condemned() -> None:
             with pytest.raises(EngineFailed, match="injected: version 2"):
                 await asyncio.wait_for(asyncio.shield(task), DEADLINE_S)
             assert [bye.error for bye in await learner.wait_for(Goodbye)] == ["injected: version 2"]
+        sent, engine = learner.hub.bytes_sent, FakeEngine()
+        successor = asyncio.create_task(ActorLoop(learner.hub.work_endpoint, "actor-0", engine=engine).run())
+        await until(lambda: engine.version == 2)
+        successor.cancel()
+        await asyncio.wait([successor], timeout=DEADLINE_S)
+        assert learner.hub.bytes_sent == sent, "it finds what was staged"
 
 
 # --- the gate ---
