@@ -204,6 +204,7 @@ class ActorLoop:
         beating = asyncio.create_task(self._beat())
         listening = asyncio.create_task(self._listen())
         background = [beating, listening]
+        failed = False
         try:
             self._enter("starting engine")
             graders = GraderPool(workers, limit_s, user_functions=self.user_functions, user_path=self.user_path)
@@ -214,8 +215,8 @@ class ActorLoop:
                 await self.link.send(self._hello())  # with the number of slots, now that it is known to be real
                 background += [asyncio.create_task(self.weights.listen()), asyncio.create_task(self.weights.follow())]
                 return await self._or_fail(self._done, background)
-        except EngineFailed:  # whoever is started in its place finds what is staged
-            self.weights.staging.leave(keep=True)
+        except EngineFailed:
+            failed = True
             raise
         finally:
             tasks = [*background, *self.held.values(), *self._probing]
@@ -224,7 +225,7 @@ class ActorLoop:
             await asyncio.gather(*tasks, return_exceptions=True)
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(self.engine.stop(), 30)
-            self.weights.staging.leave()
+            self.weights.staging.leave(keep=failed)  # whoever is started in its place finds what is staged
 
     async def _or_fail(self, wanted: Awaitable[T], background: list[asyncio.Task[None]]) -> T:
         """Result of `wanted`, unless a background task fails first: then its exception."""

@@ -170,7 +170,12 @@ class Staging:
             fetched = time.perf_counter()
             await fill(file, before)
             filled = time.perf_counter()
-            await self._check(file)
+            try:
+                await _thread(file.check)
+            except WeightsError:
+                if form == "delta":  # what it was made from is not to be trusted either
+                    self._distrust()
+                raise
             self._slots.record(slot, manifest)
             lock.try_to(share=True)
         except BaseException:
@@ -189,21 +194,13 @@ class Staging:
         try:
             await lock.take(True, "a staged version", STAGE_TIMEOUT_S)
             file = self._slots.open(slot, manifest)
-            await self._check(file)
+            await _thread(file.check)
         except BaseException as error:
             if isinstance(error, WeightsError):
                 self._slots.forget(slot)
             lock.release()
             raise
         return Staged(manifest, file.path, lock, "found", {"check": time.perf_counter() - began})
-
-    async def _check(self, file: SlotFile) -> None:
-        """The digests of all tensors. If one is wrong, what it was made from is not to be trusted either."""
-        try:
-            await _thread(file.check)
-        except WeightsError:
-            self._distrust()
-            raise
 
     def _distrust(self) -> None:
         """Nothing that lies here is what it should be: the next version comes as a snapshot."""

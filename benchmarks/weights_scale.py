@@ -60,13 +60,14 @@ def make_versions(total_bytes: int, count: int) -> list[tuple[Snapshot, Any]]:
     tensors = total_bytes // TENSOR_BYTES
     specs = layout((f"tensor.{i}", "bfloat16", (TENSOR_BYTES // 2,)) for i in range(tensors))
     values = (draw.normal(0, 0.05, tensors * TENSOR_BYTES // 2).astype("<f4").view("<u4") >> 16).astype("<u2")
-    coder, made = DeltaCoder(), [(make_snapshot(1, 0, specs, values.copy().view(np.uint8).data), None)]
+    coder = DeltaCoder()
+    made: list[tuple[Snapshot, Any]] = [(make_snapshot(1, 0, specs, values.copy().view(np.uint8).data), None)]
     for version in range(2, count + 1):
         moved = draw.integers(0, len(values), int(CHANGED * len(values)))
         values[moved] += draw.choice(np.array([1, 65535], "<u2"), len(moved))
         snapshot = make_snapshot(version, version, specs, values.copy().view(np.uint8).data)
         made.append((snapshot, coder.encode(made[-1][0], snapshot)))
-    return made  # type: ignore[return-value]
+    return made
 
 
 class ServingHub:

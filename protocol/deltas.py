@@ -110,7 +110,8 @@ class DeltaCoder:
     ) -> list[tuple[Run, np.ndarray | None]]:
         """Make `target`, the bytes of `delta.base`, those of `delta.version`, in place.
 
-        Returns each part's run of tensors with the indices of its changed elements; None where all may have changed.
+        Returns each part's run of tensors with the indices of its changed elements; None where all may have changed, or
+        where the indices would take more than an eighth of the run's bytes.
         Raises WeightsError for a payload that does not have the delta's digest (then nothing was written) or cannot be
         one of these tensors (then `target` may be anything). Whoever calls it knows by `delta.base_digest` that
         `target` is the base, and compares the digests of all tensors afterwards.
@@ -125,7 +126,10 @@ class DeltaCoder:
         except BaseException:
             self._at = ""
             raise
-        return [(run, indices) for (run, _, _), indices in zip(work, changed, strict=True)]
+        return [
+            (run, None if indices is None or 8 * indices.nbytes > run.stop - run.start else indices)
+            for (run, _, _), indices in zip(work, changed, strict=True)
+        ]
 
     def _go_to(self, base: str, new: str) -> None:
         if self._at != base:

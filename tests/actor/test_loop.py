@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from actor.locks import FileLock
 from actor.loop import ActorLoop, LearnerLost, LearnerRefused, learner_address, make_engine
 from actor.staging import SHARED_MEMORY
 from protocol.deltas import DeltaCoder
-from protocol.errors import EngineFailed
+from protocol.errors import EngineFailed, WeightsError
 from protocol.messages import (
     Ack,
     Beat,
@@ -360,6 +361,39 @@ async def test_engine_that_fails_in_mid_swap_is_condemned() -> None:
         assert learner.hub.bytes_sent == sent, "it finds what was staged"
 
 
+async def test_actor_whose_engine_fails_leaves_the_directory_when_its_thread_has_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A delta is being decoded then, and turns out to be wrong: that is noted where the slots are."""
+    monkeypatch.chdir(tmp_path)
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(*_: Any) -> None:
+        begun.set()
+        assert go.wait(DEADLINE_S)
+        raise WeightsError("wrong")
+
+    versions = [snapshot(version) for version in (1, 2)]
+    with ScriptedLearner() as learner:
+        async with running(learner, FakeEngine(fail_on_request="0/0-")) as (actor, task):
+            directory = actor.weights.staging.directory
+            assert directory is not None
+            monkeypatch.setattr(actor.weights.staging._coder, "decode", slow)
+            await learner.announce(versions[1], DeltaCoder(1).encode(*versions))
+            assert await asyncio.to_thread(begun.wait, DEADLINE_S)
+            await learner.send(make_ticket(0))
+            await until(lambda: actor._done is not None and actor._done.done())
+            await asyncio.wait([task], timeout=0.05)
+            assert not task.done()
+            assert not is_free(directory / "users.lock")
+            go.set()
+            with pytest.raises(EngineFailed, match="injected"):
+                await asyncio.wait_for(asyncio.shield(task), DEADLINE_S)
+            assert is_free(directory / "users.lock")
+            assert json.loads((directory / "slots.json").read_text()) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- the gate ---
 
 
@@ -604,7 +638,7 @@ async def test_damaged_version_is_not_loaded_and_the_next_sound_one_is(
             assert not task.done()
             assert actor.weights.staging.directory is not None
             held = json.loads((actor.weights.staging.directory / "slots.json").read_text())
-            assert [slot["version"] for slot in held.values()] == [3], "the damaged one was never on record"
+            assert [slot["version"] for slot in held.values()] == [1, 3], "the damaged one was never on record"
 
 
 async def test_full_disk_keeps_the_old_version_until_there_is_room(

@@ -560,8 +560,13 @@ async def test_slot_that_is_not_as_recorded_is_staged_anew(bench: Bench, damage:
     assert_is(await second.stage(1), 1, "snapshot", 0)
 
 
-async def test_deltas_after_a_damaged_base_start_from_a_clean_sheet(bench: Bench) -> None:
-    """The decoder remembers which elements are small. Here it saw them in the damaged base of a version."""
+@pytest.mark.parametrize(
+    ("touched", "message"), [(False, "wrong digest of tensor w"), (True, "small elements among the others")]
+)
+async def test_deltas_after_a_damaged_base_start_from_a_clean_sheet(bench: Bench, touched: bool, message: str) -> None:
+    """The decoder remembers which elements are small. Here it saw them in the damaged base of a version.
+
+    A large element becomes a small one: one that no delta touches, or one that the first does."""
     specs, chance, coder = layout([("w", "bfloat16", (1 << 16,))]), torch.Generator().manual_seed(0), DeltaCoder(1)
     weights = 0.02 * torch.randn(1 << 16, generator=chance)
     versions: list[Snapshot] = []
@@ -577,11 +582,14 @@ async def test_deltas_after_a_damaged_base_start_from_a_clean_sheet(bench: Bench
     actor.welcome = msgspec.structs.replace(WELCOME, chunk_bytes=1 << 14)
     bench.offer(versions[0])
     first = await actor.stage(1)
+    one, *others = (np.frombuffer(version.data, "<u2") for version in versions)
+    large = (one << 1) >= small.threshold
+    fits = one != others[0] if touched else (one == others[0]) & (one == others[1])
     with open(first.path, "r+b") as file:
-        file.seek(-(1 << 17), os.SEEK_END)
-        file.write(bytes(64))  # 32 zeros: small ones
+        file.seek(2 * int(np.flatnonzero(large & fits)[0]) - (1 << 17), os.SEEK_END)
+        file.write(bytes(2))
     bench.offer(versions[1], deltas[1])
-    with pytest.raises(WeightsError, match="small elements among the others"):
+    with pytest.raises(WeightsError, match=message):
         await actor.stage(2)
     assert actor.held == {}
     assert (await actor.stage(2)).form == "snapshot"

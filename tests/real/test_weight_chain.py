@@ -6,18 +6,25 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
+from actor.gate import EngineGate
+from actor.probing import answer
 from actor.staging import Staged, Staging
 from actor.vllm_engine import VLLMEngine
+from learner.intake.probes import Probes
 from learner.model import PolicyModel, load_model
+from learner.parity import ParityGate, ParityLost
 from learner.publish import Publisher, Versions
 from learner.tensor_files import write_tensors
 from protocol.messages import Welcome
-from protocol.sections import LearnerConfig, ModelConfig
+from protocol.sections import LearnerConfig, ModelConfig, WeightsConfig
 from protocol.sockets import Link
+from protocol.tensors import tensor_view
+from protocol.weights import Snapshot
 from tests.engine_parity import generate_all, manifest_of, welcome_for
 from tests.hub_harness import RunningHub
 from tests.tiny_model import make_tiny_model
@@ -98,21 +105,15 @@ async def test_engine_after_ten_deltas_is_as_one_started_from_the_checkpoint(
                 file.seek(path.stat().st_size // 4)
                 file.write(np.random.default_rng(0).bytes(path.stat().st_size // 2))
         overwritten = await generate_all(engine, 1.0, seed=5)
+        stale = "model.layers.1.mlp.down_proj.weight"
+        await assert_gate_sees(engine, chain, model, tmp_path, stale)
     finally:
         await engine.stop()
     assert forms == ["snapshot", *["delta"] * VERSIONS]
     assert served == VERSIONS + 1
 
     checkpoint = tmp_path / "checkpoint.safetensors"
-    update_back = chain.publisher._last
-    assert update_back is not None
-    state = {
-        spec.name: torch.frombuffer(update_back.data, dtype=torch.uint8)[spec.offset :][: 2 * int(np.prod(spec.shape))]
-        .view(torch.bfloat16)
-        .view(spec.shape)
-        for spec in update_back.manifest.tensors
-    }
-    write_tensors(state, checkpoint)
+    write_tensors(last_published(chain), checkpoint)
     fresh_engine = VLLMEngine()
     await fresh_engine.start(chain.welcome)
     try:
@@ -125,6 +126,39 @@ async def test_engine_after_ten_deltas_is_as_one_started_from_the_checkpoint(
     assert difference(after_chain, fresh) <= max(noise, 1e-5), f"run-to-run noise is {noise:.2g} nats"
     assert difference(after_chain, overwritten) <= max(noise, 1e-5), "the engine still reads the staged file"
     assert tokens(first) != tokens(fresh) or difference(first, fresh) > 1e-3, "the updates do change something"
+
+
+def last_published(chain: Chain) -> dict[str, torch.Tensor]:
+    snapshot = chain.publisher._last
+    assert snapshot is not None
+    buffer = torch.frombuffer(snapshot.data, dtype=torch.uint8)
+    return {spec.name: tensor_view(spec, buffer) for spec in snapshot.manifest.tensors}
+
+
+async def assert_gate_sees(engine: VLLMEngine, chain: Chain, model: PolicyModel, directory: Path, stale: str) -> None:
+    """The gate passes the engine with the learner's weights, and trips over one with a single tensor of another."""
+    gate = ParityGate(model, WeightsConfig(parity_nats=0.002))
+    snapshot = chain.publisher._last
+    assert snapshot is not None
+    sound = last_published(chain)
+    wrong = sound | {stale: sound[stale] + 0.05 * torch.randn_like(sound[stale].float()).to(torch.bfloat16)}
+    for number, state in enumerate((sound, wrong)):
+        version = engine.version + 1
+        path = directory / f"probed-{number}.safetensors"
+        write_tensors(state, path)
+        await engine.load(manifest_of(version), path)
+        manifest = msgspec.structs.replace(snapshot.manifest, version=version)
+        probes = Probes(1, 0, model.vocabulary, 192)
+        probe = probes.confirmed("i", version, [Snapshot(manifest, snapshot.data)])
+        assert probe is not None
+        probed = await answer(engine, EngineGate(8), probe)
+        assert probed is not None and probes.answered("actor-0", "i", probed)
+        if state is sound:
+            found = gate.check(probes.results[0], 0)
+            assert found is not None and found.mean < 1e-4
+        else:
+            with pytest.raises(ParityLost, match="actor-0 serves version"):
+                gate.check(probes.results[0], 0)
 
 
 def tokens(generated: Any) -> list[list[int]]:
