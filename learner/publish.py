@@ -112,6 +112,11 @@ class Buffers:
                 return buffer
         return torch.empty(size, dtype=torch.uint8)
 
+    def prepare(self, size: int) -> None:
+        """Have a buffer ready for the next `take`, its pages found: called behind the training."""
+        if not self._free:
+            self._free.append(torch.empty(size, dtype=torch.uint8).zero_())
+
     def lend(self, buffer: torch.Tensor) -> memoryview:
         """The buffer's bytes. It comes back when they, and all parts of them, are gone."""
         array = buffer.numpy()
@@ -207,6 +212,7 @@ class Publisher:
         if delta:
             self.delta_bytes.append(len(delta[1]))
         self._announce(snapshot, delta)
+        self._buffers.prepare(self.bytes_dense)
 
     @property
     def figures(self) -> dict[str, float]:

@@ -139,4 +139,7 @@ def test_buffer_is_used_again_only_when_nobody_has_a_part_of_it(path: Path) -> N
     second = buffers.take(100)
     lent = buffers.lend(second)
     del lent
-    assert buffers.take(100) is second
+    buffers.prepare(100)
+    assert buffers.take(100) is second, "there was one already"
+    buffers.prepare(100)
+    assert len(buffers._free) == 1
