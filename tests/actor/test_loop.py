@@ -493,7 +493,7 @@ async def test_probe_of_a_version_that_is_gone_is_not_answered() -> None:
 
 async def test_probe_that_takes_too_long_holds_no_version_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follower, "PROBE_S", 0.05)
-    engine = FakeEngine(token_s=0.05)
+    engine = FakeEngine(token_s=0.1)
     with ScriptedLearner() as learner:
         async with running(learner, engine):
             await learner.send(probe_of(1, max_tokens=40))
