@@ -11,13 +11,14 @@ Called by the loop between steps.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from learner.batch import Row, Sample, pack
+from learner.batch import Row, pack
 from learner.intake.probes import ProbeResult
+from learner.methods.sft import response_sample
 from learner.model import PolicyModel
 from protocol.errors import EngineFailed
 from protocol.sections import WeightsConfig
@@ -126,7 +127,7 @@ def _rows(result: ProbeResult) -> list[Row]:
     rows, start = [], 0
     for prompt, count in zip(result.probe.prompts, result.probed.num_tokens, strict=True):
         part = slice(start, start + count)
-        sample = Sample(token_ids[part], logprobs[part], np.ones(count, bool), 0.0, np.zeros(count, np.int32))
+        sample = replace(response_sample(token_ids[part].tolist()), engine_logprobs=logprobs[part])
         rows.append(Row(prompt, (sample,), temperature=1.0))
         start += count
     return rows

@@ -93,9 +93,14 @@ def flatten(state: dict[str, torch.Tensor]) -> tuple[tuple[TensorSpec, ...], tor
     """Specs and one flat uint8 CPU buffer with a copy of every tensor, in their order."""
     specs = layout((name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items())
     buffer = torch.empty(sum(map(nbytes, specs)), dtype=torch.uint8)
+    fill(specs, buffer, state)
+    return specs, buffer
+
+
+def fill(specs: tuple[TensorSpec, ...], buffer: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+    """Copy every tensor to its place in a flat uint8 buffer, rounded to the type that its spec names."""
     for spec in specs:
         tensor_view(spec, buffer).copy_(state[spec.name])
-    return specs, buffer
 
 
 class Buffers:
@@ -187,8 +192,7 @@ class Publisher:
             changes = self._device.advance(model.published_state(model.device))
             return lambda: self._assemble(specs, changes)
         buffer = self._buffers.take(self.bytes_dense)
-        for spec in specs:
-            tensor_view(spec, buffer).copy_(live[spec.name])
+        fill(specs, buffer, live)
         return lambda: (specs, buffer, None)
 
     def _assemble(self, specs: tuple[TensorSpec, ...], changes: dict[str, Change]) -> Flat:
