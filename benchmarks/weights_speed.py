@@ -19,19 +19,20 @@ import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import zmq
 
 from actor.staging import Staging
-from benchmarks.weight_versions import versions
 from protocol.deltas import DeltaCoder
 from protocol.messages import Sampling, Welcome
 from protocol.sockets import Hub, Link
 from protocol.tensors import tensor_view
 from protocol.weights import Snapshot, make_snapshot
+
+if TYPE_CHECKING:  # the receivers are processes of their own and need no torch
+    import torch
 
 LEARNING_RATES = (1e-6, 1e-5)
 VERSIONS = 8
@@ -45,6 +46,8 @@ STAGES = ("encode", "wire", "decode", "check")
 
 def measure(engine: bool = True) -> dict[str, Any]:
     """Medians of bytes and seconds. `engine`: measure a real engine's pause, too, which takes a minute."""
+    from benchmarks.weight_versions import versions
+
     found: dict[str, Any] = {}
     for lr in LEARNING_RATES:
         made = list(versions(lr, VERSIONS))
@@ -83,7 +86,7 @@ def compare(made: list[Any]) -> dict[str, Any]:
     figures: dict[str, Any] = {way: _medians(rows[way]) for way in rows}
     figures["delta_bytes"] = [row["bytes"] for row in rows["delta"]]
     figures["changed"] = [
-        float((old.view(torch.int16) != new.view(torch.int16)).float().mean())
+        float(np.mean(old.numpy().view("<u2") != new.numpy().view("<u2")))
         for (_, old), (_, new) in zip(made[SETTLED - 1 :], made[SETTLED:], strict=False)
     ]
     figures["smaller"] = figures["dense"]["bytes"] / figures["delta"]["bytes"]
@@ -231,12 +234,15 @@ def _receive_zmq(port: int, total: int) -> None:
 
 def torch_save(state: dict[str, torch.Tensor]) -> dict[str, float]:
     """What a script does: torch.save, one socket, torch.load. Nothing is checked."""
+    import torch
+
     began = time.perf_counter()
     file = io.BytesIO()
     torch.save(state, file)
     encoded = time.perf_counter()
     data = file.getbuffer()
     with _listening(_receive_and_load, len(data)) as connection:
+        assert connection.recv(5) == b"ready"
         sending = time.perf_counter()
         connection.sendall(data)
         decode = float(connection.recv(64))
@@ -245,8 +251,11 @@ def torch_save(state: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def _receive_and_load(port: int, total: int) -> None:
+    import torch
+
     with socket.create_connection(("127.0.0.1", port)) as connection:
         buffer = memoryview(bytearray(total))
+        connection.sendall(b"ready")
         have = 0
         while have < total:
             have += connection.recv_into(buffer[have:])

@@ -29,7 +29,7 @@ SAMPLE = 1 << 14
 """Elements of a run from which its distribution of magnitudes is estimated."""
 WORTH_SHARE = 0.8
 """Share of the estimated bytes below which a second class is worth the pass over all elements."""
-KEPT_SHARE = 1.1
+KEPT_SHARE = 1.15
 """Excess over the best threshold's bytes up to which the one in use is kept: another one costs that pass again."""
 MAX_SMALL_SHARE = 1 / 4
 """Of all elements: bounds the memory for the indices of the small class."""
@@ -45,31 +45,40 @@ LENGTH = struct.Struct("<Q")
 
 @dataclass
 class SmallElements:
-    """Ascending indices of the elements whose bits without the sign, times 2, lie below a threshold.
+    """The elements whose bits without the sign, times 2, lie below a threshold: their ascending indices, their bits.
 
     Remembered from one version to the next: an update moves few elements across the threshold.
     """
 
     threshold: int = 0
     indices: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    bits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
 
-    def choose(self, bits: np.ndarray, threshold: int) -> np.ndarray:
-        """The class by this threshold, with a pass over all bits if it is another one than before."""
-        if threshold != self.threshold:
+    def choose(self, bits: np.ndarray, threshold: int) -> None:
+        """Be the class of `bits` by this threshold, with a pass over all of them if it is higher than before."""
+        if threshold < self.threshold:  # all of them are known
+            kept = _below(self.bits, threshold)
+            self.indices, self.bits = self.indices.compress(kept), self.bits.compress(kept)
+        elif threshold > self.threshold:
             found = [start + np.flatnonzero(_below(bits[part], threshold)) for start, part in blocks(bits)]
-            self.threshold, self.indices = threshold, np.concatenate(found) if found else np.zeros(0, np.int64)
-        return self.indices
+            self.indices = np.concatenate(found) if found else np.zeros(0, np.int64)
+            self.bits = bits.take(self.indices)
+        self.threshold = threshold
 
-    def follow(self, bits: np.ndarray, places: np.ndarray, others: np.ndarray) -> None:
-        """The elements at `places` of the class and at the indices `others` outside it have changed to `bits`."""
+    def follow(self, places: np.ndarray, after: np.ndarray, others: np.ndarray, others_after: np.ndarray) -> None:
+        """The elements at `places` of the class and at the indices `others` outside it have new bits."""
         if not self.threshold:
             return
-        kept = np.ones(len(self.indices), bool)
-        kept[places] = _below(bits[self.indices[places]], self.threshold)
-        entered = others[_below(bits[others], self.threshold)]
-        self.indices = self.indices[kept]
+        self.bits[places] = after
+        left = places.compress(~_below(after, self.threshold))
+        if len(left):
+            self.indices, self.bits = np.delete(self.indices, left), np.delete(self.bits, left)
+        enter = _below(others_after, self.threshold)
+        entered = others.compress(enter)
         if len(entered):
-            self.indices = np.sort(np.concatenate([self.indices, entered]), kind="stable")
+            where = np.searchsorted(self.indices, entered)
+            self.indices = np.insert(self.indices, where, entered)
+            self.bits = np.insert(self.bits, where, others_after.compress(enter))
 
 
 def _below(bits: np.ndarray, threshold: int) -> np.ndarray:
@@ -117,15 +126,17 @@ def encode_changes(old: np.ndarray, now: np.ndarray, indices: np.ndarray, small:
     """
     if not len(indices):
         return b""
-    before = old[indices]
+    before = old.take(indices)
     threshold = choose_threshold(old, before, small.threshold)
-    inside = small.choose(old, threshold)
-    was, became = old[inside], now[inside]
-    places = np.flatnonzero(was != became)
-    others = indices[~_below(before, threshold)]
-    coded = _encode_part(places, was[places], became[places]) + _encode_part(others, old[others], now[others])
-    small.follow(now, places, others)
-    return LENGTH.pack(threshold) + coded
+    small.choose(old, threshold)
+    became = now.take(small.indices)
+    places = np.flatnonzero(small.bits != became)
+    was, became = small.bits.take(places), became.take(places)
+    is_other = ~_below(before, threshold)
+    others, before = indices.compress(is_other), before.compress(is_other)
+    after = now.take(others)
+    small.follow(places, became, others, after)
+    return LENGTH.pack(threshold) + _encode_part(places, was, became) + _encode_part(others, before, after)
 
 
 def apply_changes(payload: memoryview, bits: np.ndarray, small: SmallElements) -> np.ndarray:
@@ -136,17 +147,18 @@ def apply_changes(payload: memoryview, bits: np.ndarray, small: SmallElements) -
     if not payload:
         return np.zeros(0, np.int64)
     (threshold,), rest = _take(LENGTH, payload)
-    inside = small.choose(bits, threshold)
-    places, small_moves, rest = _decode_part(rest, len(inside), bits.dtype)
+    small.choose(bits, threshold)
+    places, small_moves, rest = _decode_part(rest, len(small.indices), bits.dtype)
     others, moves, rest = _decode_part(rest, len(bits), bits.dtype)
     end(rest)
-    if _below(bits[others], threshold).any():
+    before = bits.take(others)
+    if _below(before, threshold).any():
         raise WeightsError("delta with small elements among the others")
-    changed = inside[places]
-    small_moves, moves = _in_place_order(small_moves, bits[changed]), _in_place_order(moves, bits[others])
-    bits[changed] += small_moves
-    bits[others] += moves
-    small.follow(bits, places, others)
+    changed, was = small.indices.take(places), small.bits.take(places)
+    became, after = _moved(was, small_moves), _moved(before, moves)
+    bits[changed] = became
+    bits[others] = after
+    small.follow(places, became, others, after)
     return np.concatenate([changed, others])
 
 
@@ -163,21 +175,23 @@ def changed(old: np.ndarray, now: np.ndarray, at_most: int) -> np.ndarray | None
 
 def _changed(old: np.ndarray, now: np.ndarray) -> np.ndarray:
     """Of one block: words of eight bytes are compared first, then the elements of those that differ."""
-    per_word = 8 // old.itemsize
-    whole = len(old) // per_word * per_word
+    shift = 3 - (old.itemsize.bit_length() - 1)  # a word has 2^shift elements
+    whole = len(old) >> shift << shift
     old_words, now_words = old[:whole].view("<u8"), now[:whole].view("<u8")
     words = np.flatnonzero(old_words != now_words)
     if len(words) > len(old_words) // 4:
         return np.flatnonzero(old != now)
     moved = (old_words.take(words) ^ now_words.take(words)).view(old.dtype)
     inside = np.flatnonzero(moved != 0)
-    found = words.take(inside // per_word) * per_word + inside % per_word
+    found = (words.take(inside >> shift) << shift) + (inside & ((1 << shift) - 1))
     return np.concatenate([found, whole + np.flatnonzero(old[whole:] != now[whole:])])
 
 
 def _encode_part(places: np.ndarray, before: np.ndarray, after: np.ndarray) -> bytes:
-    gap_planes = _used(planes(np.diff(places, prepend=-1) - 1))
-    move_planes = _used(planes(zigzag((after - before)[_by_exponent(before)])))
+    gaps = places.copy()
+    gaps[1:] -= places[:-1] + 1
+    gap_planes = _used(gaps)
+    move_planes = _used(zigzag((after - before).take(_by_exponent(before))))
     return PART.pack(len(places), len(gap_planes), len(move_planes)) + pack([*gap_planes, *move_planes])
 
 
@@ -201,11 +215,11 @@ def _by_exponent(before: np.ndarray) -> np.ndarray:
     return np.argsort(_exponents(before), kind="stable")
 
 
-def _in_place_order(coded: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """Moves as they belong to their places."""
+def _moved(before: np.ndarray, coded: np.ndarray) -> np.ndarray:
+    """What elements become by moves in the order of `_by_exponent`."""
     moves = np.empty_like(coded)
     moves[_by_exponent(before)] = coded
-    return moves
+    return before + moves
 
 
 def zigzag(moves: np.ndarray) -> np.ndarray:
@@ -235,9 +249,10 @@ def planes(values: np.ndarray) -> list[np.ndarray]:
     return [table[:, place] for place in range(values.itemsize)]
 
 
-def _used(found: list[np.ndarray]) -> list[np.ndarray]:
-    """Without the upper planes that are all zero."""
-    return found[: max((place + 1 for place, plane in enumerate(found) if plane.any()), default=0)]
+def _used(values: np.ndarray) -> list[np.ndarray]:
+    """The planes of [n] non-negative integers without the upper ones that are all zero."""
+    number = (int(values.max(initial=0)).bit_length() + 7) // 8
+    return planes(values)[:number]
 
 
 def join(found: Sequence[np.ndarray], dtype: np.dtype, count: int) -> np.ndarray:
@@ -251,9 +266,9 @@ def join(found: Sequence[np.ndarray], dtype: np.dtype, count: int) -> np.ndarray
 def pack(found: Sequence[np.ndarray]) -> bytes:
     """Each plane with its length in front, by zstandard where that is smaller."""
     coder = zstandard.ZstdCompressor(LEVEL, write_content_size=False)
-    parts: list[bytes] = []
+    parts: list[bytes | memoryview] = []
     for plane in found:
-        raw = plane.tobytes()
+        raw = np.ascontiguousarray(plane).data
         packed = coder.compress(raw)
         part = packed if len(packed) < len(raw) else raw
         parts += (LENGTH.pack(len(part)), part)

@@ -13,10 +13,8 @@ their manifests. Used by the publisher (`encode`) and by actors (`decode`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -26,7 +24,8 @@ from protocol.coding import SmallElements
 from protocol.errors import WeightsError
 from protocol.messages import Delta, DeltaPart, TensorSpec
 from protocol.tensors import item_bytes, nbytes
-from protocol.weights import Snapshot, num_threads
+from protocol.threads import num_threads, side_by_side
+from protocol.weights import Snapshot
 
 RUN_BYTES = 16 << 20
 """Tensors of one type that follow each other are coded together up to about so many bytes."""
@@ -36,8 +35,6 @@ MOST_PLACES = 1 / 4
 """Share of changed elements up to which a delta is tried: bounds the memory for indices."""
 
 Bytes = bytes | memoryview
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,9 @@ class DeltaCoder:
             return None
         self._go_to(base.manifest.digest, new.manifest.digest)
         try:
-            found = self._map(lambda run: self._encode_run(run, specs, base.data, new.data, changed), list(runs(specs)))
+            found = side_by_side(
+                lambda run: self._encode_run(run, specs, base.data, new.data, changed), list(runs(specs)), self.threads
+            )
         except BaseException:
             self._at = ""
             raise
@@ -121,7 +120,9 @@ class DeltaCoder:
         self._go_to(delta.base_digest, delta.digest)
         try:
             work = list(_parts(delta, payload, specs))
-            changed = self._map(lambda item: self._decode_part(item[0], item[1], item[2], target), work)
+            changed = side_by_side(
+                lambda item: self._decode_part(item[0], item[1], item[2], target), work, self.threads
+            )
             self._keep(delta.parts)
         except BaseException:
             self._at = ""
@@ -144,11 +145,6 @@ class DeltaCoder:
                 kept[first, part.tensors] = self._small_of(first, part.tensors)
             first += part.tensors
         self._small = kept
-
-    def _map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """[function(item)], side by side."""
-        with ThreadPoolExecutor(self.threads) as pool:
-            return list(pool.map(function, items)) if self.threads > 1 else [function(item) for item in items]
 
     # --- one run of tensors ---
 

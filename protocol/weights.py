@@ -7,9 +7,7 @@ difference of two of them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
@@ -18,10 +16,10 @@ import xxhash
 from protocol.errors import WeightsError
 from protocol.messages import Delta, Manifest, TensorSpec
 from protocol.tensors import item_bytes, nbytes
+from protocol.threads import num_threads, side_by_side
 
 SHARED_OUT_BYTES = 1 << 20
 """A version of fewer bytes is not worth a thread."""
-MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,7 @@ def digests(specs: Sequence[TensorSpec], data: memoryview) -> list[str]:
     def one(spec: TensorSpec) -> str:
         return tensor_digest(data[spec.offset : spec.offset + nbytes(spec)])
 
-    if len(data) < SHARED_OUT_BYTES:
-        return [one(spec) for spec in specs]
-    with ThreadPoolExecutor(num_threads()) as pool:
-        return list(pool.map(one, specs, chunksize=1))
-
-
-def num_threads() -> int:
-    """Threads for work on a whole version: the cores that this process may use, at most MAX_THREADS."""
-    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    return side_by_side(one, specs, num_threads() if len(data) >= SHARED_OUT_BYTES else 1)
 
 
 def manifest_digest(manifest: Manifest) -> str:

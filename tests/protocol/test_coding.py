@@ -136,12 +136,16 @@ def test_changed_looks_at_whole_words_and_behind_the_last_one(tail: int) -> None
 # --- the threshold ---
 
 
+def chosen(bits: np.ndarray, threshold: int) -> list[int]:
+    small = SmallElements()
+    small.choose(bits, threshold)
+    return small.indices.tolist()
+
+
 def test_threshold_is_between_the_small_and_the_large() -> None:
     """A tenth of the elements is small, and all that changes is small: the class holds these and nothing else."""
     old = bf16(np.where(np.arange(50_000) % 10 == 3, 1e-6, 1.0))
-    threshold = choose_threshold(old, old[3::20], 0)
-    small = SmallElements()
-    assert small.choose(old, threshold).tolist() == list(range(3, 50_000, 10))
+    assert chosen(old, choose_threshold(old, old[3::20], 0)) == list(range(3, 50_000, 10))
 
 
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 8])
@@ -170,7 +174,7 @@ def test_threshold_bounds_the_share_of_small_elements() -> None:
         old = bf16(np.where(np.arange(size) < share * size, 1e-6, 1.0))
         threshold = choose_threshold(old, old[: int(share * size) : 2], 0)
         assert (threshold > 0) is expected
-        assert len(SmallElements().choose(old, threshold)) == (share * size if expected else 0)
+        assert len(chosen(old, threshold)) == (share * size if expected else 0)
 
 
 def test_threshold_comes_from_a_sample_and_survives_a_wrong_one() -> None:
@@ -200,11 +204,25 @@ def test_small_elements_are_those_below_the_threshold(
     itemsize: int, size: int, seed: int, share: int, block_bytes: int
 ) -> None:
     old, _ = random_step(itemsize, size, 0, 1, seed)
-    threshold, small = share << 8 * itemsize - 8, SmallElements()
-    with mock.patch.object(coding, "BLOCK_BYTES", block_bytes):
-        assert small.choose(old, threshold).tolist() == fresh(old, threshold)
-    assert small.choose(old, threshold) is small.choose(old + 1, threshold), "the same threshold costs no pass"
-    assert small.choose(old + 1, threshold + 1).tolist() == fresh(old + 1, threshold + 1)
+    small = SmallElements()
+    for threshold in (share, 255 - share, share // 2, 0, share):
+        threshold <<= 8 * itemsize - 8
+        with mock.patch.object(coding, "BLOCK_BYTES", block_bytes):
+            small.choose(old, threshold)
+        assert small.indices.tolist() == fresh(old, threshold)
+        assert small.bits.tolist() == old[small.indices].tolist()
+
+
+def test_small_elements_look_at_everything_only_for_a_higher_threshold() -> None:
+    old, _ = step(1)
+    small = SmallElements()
+    small.choose(old, 0x7000)
+    with mock.patch.object(coding, "blocks", side_effect=AssertionError("a pass over all elements")):
+        for threshold in (0x7000, 0x6F00, 0x6F00, 0x6000):
+            small.choose(old, threshold)
+            assert small.indices.tolist() == fresh(old, threshold)
+        with pytest.raises(AssertionError, match="a pass"):
+            small.choose(old, 0x6100)
 
 
 @settings(max_examples=150, deadline=None)
@@ -225,8 +243,10 @@ def test_small_elements_follow_what_crosses_the_threshold(
         indices = np.flatnonzero(old != now)
         is_inside = np.isin(indices, small.indices)
         places = np.searchsorted(small.indices, indices[is_inside])
-        small.follow(now, places, indices[~is_inside])
+        others = indices[~is_inside]
+        small.follow(places, now[small.indices[places]], others, now[others])
         assert small.indices.tolist() == (fresh(now, threshold) if threshold else [])
+        assert small.bits.tolist() == now[small.indices].tolist()
 
 
 def test_small_elements_are_the_same_on_both_sides() -> None:

@@ -71,7 +71,8 @@ def computed(coder: DeltaCoder, held: Snapshot) -> dict[tuple[int, int], tuple[i
     specs, found = held.manifest.tensors, {}
     for (first, count), small in coder._small.items():
         bits = deltas._run(specs, first, count).bits(held.data)
-        found[first, count] = small.threshold, SmallElements().choose(bits, small.threshold).tolist()
+        (anew := SmallElements()).choose(bits, small.threshold)
+        found[first, count] = small.threshold, anew.indices.tolist()
     return found
 
 
