@@ -333,15 +333,19 @@ class Link:
             flying[offset] = (length, time.monotonic(), attempts)
             await self._send_bulk(ChunkRequest(version, offset, length, form))
 
-        while todo or flying:
+        async def fill_window() -> None:
             while todo and len(flying) < window:
                 await request(*todo.pop(), 1)
+
+        await fill_window()
+        while flying:
             message = await self._bulk_reply(CHUNK_TIMEOUT_S / 4, connection)
             if isinstance(message, (Chunk, Gone)) and (message.version, message.form) == (version, form):
                 if isinstance(message, Gone):
                     raise WeightsError(f"the {form} of version {version} is gone, version {message.newest} can be had")
                 if message.offset in flying and len(message.data) == flying[message.offset][0]:
                     del flying[message.offset]
+                    await fill_window()  # before the bytes are written: the next ones travel meanwhile
                     write(message.offset, memoryview(message.data))
             for offset, (length, sent, attempts) in list(flying.items()):
                 if time.monotonic() - sent > CHUNK_TIMEOUT_S:

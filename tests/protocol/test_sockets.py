@@ -10,6 +10,7 @@ import time
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -391,6 +392,23 @@ async def test_link_keeps_exactly_window_requests_in_flight() -> None:
             data = source.chunk(request.offset, request.length)
             await router.send_multipart([peer, *codec.encode(Chunk(1, request.offset, data=data))])  # type: ignore[arg-type]
         assert await soon(pulling) == source.data
+
+
+async def test_link_asks_for_the_next_chunk_before_it_writes_one() -> None:
+    """Else the wire would stand still while bytes are written."""
+    order: list[tuple[str, int]] = []
+    with RunningHub() as running:
+        running.run(lambda: running.hub.announce(snapshot(1, 192)))
+        async with link_to(running.hub) as link:
+            send = link._send_bulk
+
+            async def request(message: ChunkRequest) -> None:
+                order.append(("ask", message.offset))
+                await send(message)
+
+            with mock.patch.object(link, "_send_bulk", request):
+                await soon(link.fetch(1, 192, 64, 1, lambda offset, _: order.append(("write", offset))))
+    assert order == [("ask", 0), ("ask", 64), ("write", 0), ("ask", 128), ("write", 64), ("write", 128)]
 
 
 async def test_link_asks_again_for_a_lost_chunk_and_then_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
