@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import shutil
@@ -24,6 +25,8 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -36,6 +39,7 @@ from rich.table import Table
 
 from actor.staging import Staging
 from benchmarks.run import machine
+from protocol import threads
 from protocol.deltas import DeltaCoder
 from protocol.errors import WeightsError
 from protocol.messages import Welcome
@@ -113,6 +117,8 @@ class Simulated:
     doomed_at: int
     """Version during whose transfer it is killed; 0: it lives."""
     root: Path
+    report: Callable[[tuple[str, int]], None]
+    """Told (name, version) when it has confirmed one."""
     served: dict[int, tuple[str, float, float]] = field(default_factory=dict)
     """Version -> (digest of its manifest after the check of all tensors, when it had come, when it was confirmed)."""
 
@@ -140,6 +146,7 @@ class Simulated:
                         now = time.monotonic()
                         came = now - staged.seconds["decode"] - staged.seconds["check"]
                         self.served[serving] = staged.manifest.digest, came, now
+                        self.report((self.name, serving))
                         if self.slow:
                             await asyncio.sleep(SLOW_S)
                         staged.release()
@@ -163,20 +170,31 @@ class SlowLink(Link):
         await super()._send_bulk(message)
 
 
+def is_slow(number: int) -> bool:
+    return number % SLOW_EVERY == SLOW_EVERY - 1
+
+
+def is_doomed(number: int) -> bool:
+    return number % KILLED_EVERY == KILLED_EVERY - 2
+
+
 def _simulate(
     names: list[int], endpoints: tuple[str, str, str], run: str, root: str, chunk: int, last: int, pipe: Connection
 ) -> None:
+    threads.MAX_THREADS = 1  # for each node; and one node of a process at a time, there are two cores for all of them
     actors = [
         Simulated(
             f"actor-{number}",
-            slow=number % SLOW_EVERY == SLOW_EVERY - 1,
-            doomed_at=3 if number % KILLED_EVERY == KILLED_EVERY - 2 else 0,
+            slow=is_slow(number),
+            doomed_at=3 if is_doomed(number) else 0,
             root=Path(root) / f"node-{number}",
+            report=pipe.send,
         )
         for number in names
     ]
 
     async def run_all() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
         tasks = [asyncio.ensure_future(actor.run(endpoints, run, chunk, last)) for actor in actors]
         pipe.send("ready")
         async with asyncio.timeout(DEADLINE_S):
@@ -198,7 +216,8 @@ def measure(count: int, made: list[tuple[Snapshot, Any]], deltas: bool, root: Pa
     peak, began_cpu = 0, 0.0
     with ServingHub() as serving:
         endpoints = serving.hub.work_endpoint, serving.hub.bulk_endpoint, serving.hub.news_endpoint
-        pipes, children = [], []
+        pipes: list[Connection] = []
+        children = []
         for start in range(0, count, PER_PROCESS):
             ours, theirs = spawn.Pipe()
             names = list(range(start, min(start + PER_PROCESS, count)))
@@ -218,20 +237,30 @@ def measure(count: int, made: list[tuple[Snapshot, Any]], deltas: bool, root: Pa
         announced: dict[int, float] = {}
         before = me.memory_info().rss
         began, cpu = time.monotonic(), me.cpu_times()
-        gap = max(0.5, count * (0.002 if deltas else made[0][0].manifest.total_bytes / 0.8e9))
+        confirmed: dict[str, int] = {}
+        found: list[Any] = []
+
+        def listen() -> None:
+            nonlocal peak
+            assert time.monotonic() < deadline, f"not all actors came to an end: {confirmed}"
+            for pipe in multiprocessing.connection.wait(pipes, 0.05):
+                told = pipe.recv()  # type: ignore[union-attr]
+                if isinstance(told, list):
+                    found.extend(told)
+                    pipes.remove(pipe)  # type: ignore[arg-type]
+                else:
+                    confirmed.__setitem__(*told)
+            peak = max(peak, me.memory_info().rss)
+
+        waited_for = [f"actor-{number}" for number in range(count) if not is_slow(number) and not is_doomed(number)]
         for snapshot, delta in made:
-            announced[snapshot.manifest.version] = time.monotonic()
+            version = snapshot.manifest.version
+            announced[version] = time.monotonic()
             serving.announce(snapshot, delta if deltas else None)
-            until = time.monotonic() + gap
-            while time.monotonic() < until:
-                peak = max(peak, me.memory_info().rss)
-                time.sleep(0.05)
-        found = []
-        for pipe in pipes:
-            while not pipe.poll(0.05):
-                peak = max(peak, me.memory_info().rss)
-                assert time.monotonic() < deadline, "simulated actors did not end"
-            found += pipe.recv()
+            while any(confirmed.get(name, 0) < version for name in waited_for):
+                listen()
+        while pipes:
+            listen()
         wall = time.monotonic() - began
         after = me.cpu_times()
         began_cpu = after.user + after.system - cpu.user - cpu.system
