@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--actors", default="1,4,16,64,256")
     parser.add_argument("--mib", type=int, default=16, help="size of a version")
     options = parser.parse_args()
-    console = Console(width=130)
+    console = Console(width=170)
     made = make_versions(options.mib << 20, ROUNDS)
     rows = []
     for count in map(int, options.actors.split(",")):
