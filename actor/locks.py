@@ -1,10 +1,13 @@
-"""Locks on files, between the processes of a node: the kernel lets go of them when a process dies. Used by staging."""
+"""Locks on files, between the processes of a node: the kernel lets go of them when a process dies. Used by staging, and
+by whoever clears away what it left behind."""
 
 from __future__ import annotations
 
 import asyncio
 import fcntl
 import os
+import secrets
+import shutil
 import time
 from pathlib import Path
 
@@ -49,3 +52,16 @@ class FileLock:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def remove_unused(directory: Path, users: FileLock) -> bool:
+    """Remove a directory unless somebody else holds `users`, the lock of those who use it; whether it is gone."""
+    if not users.is_current or not users.try_to(share=False):
+        return False
+    gone = directory.with_name(f"{directory.name}-{secrets.token_hex(4)}")
+    try:
+        directory.rename(gone)  # at once: who joins now makes a new one, of which nothing is removed
+    except OSError:
+        return False
+    shutil.rmtree(gone, ignore_errors=True)
+    return True

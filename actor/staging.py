@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import os
 import re
-import secrets
 import shutil
 import stat
 import tempfile
@@ -25,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actor.locks import FileLock
+from actor.locks import FileLock, remove_unused
 from actor.slots import SLOTS, Changed, Held, SlotFile, Slots, copy
 from protocol.deltas import DeltaCoder, check_payload
 from protocol.errors import WeightsError
@@ -259,7 +258,11 @@ class Staging:
             with contextlib.suppress(FileNotFoundError):  # the last one to leave has removed it meanwhile
                 _check_private(directory)
                 users = FileLock(directory / USERS_FILE)
-                await users.take(True, "the node's staging directory", STAGE_TIMEOUT_S)
+                try:
+                    await users.take(True, "the node's staging directory", STAGE_TIMEOUT_S)
+                except BaseException:
+                    users.release()
+                    raise
                 if users.is_current:
                     break
                 users.release()
@@ -279,12 +282,8 @@ class Staging:
     def leave(self, keep: bool = False) -> None:
         """Let go of the directory; the last one removes it, unless what is in it is to be kept for a successor."""
         if self._users is not None:
-            if not keep and self._users.is_current and self._users.try_to(share=False):
-                directory = self._users.path.parent
-                gone = directory.with_name(f"{directory.name}-{secrets.token_hex(4)}")
-                with contextlib.suppress(OSError):
-                    directory.rename(gone)  # at once: who joins now makes a new one, of which nothing is removed
-                    shutil.rmtree(gone, ignore_errors=True)
+            if not keep:
+                remove_unused(self._users.path.parent, self._users)
             self._users.release()
             self._users, self._slots = None, Slots(Path())  # a removed file takes up its room while it is mapped
 

@@ -6,7 +6,7 @@ process of its own, so that a broken package is a finding and not the end of the
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -23,6 +23,7 @@ from typing import Literal
 
 import psutil
 
+from actor.locks import FileLock, remove_unused
 from deploy.models import bundled_dir, bundled_gguf, cache_dir
 from protocol.rundir import OWNER_FILE, USERS_FILE
 
@@ -311,25 +312,32 @@ def _is_stale(directory: Path) -> bool:
         if directory.is_symlink() or directory.stat().st_uid != os.getuid():
             return False
         if (directory / USERS_FILE).exists():
-            return not _is_locked(directory / USERS_FILE)
+            users = FileLock(directory / USERS_FILE)
+            try:
+                return users.try_to(share=False)
+            finally:
+                users.release()
         pid = int((directory / OWNER_FILE).read_text())
     except (OSError, ValueError):
         return False
     return pid > 0 and not psutil.pid_exists(pid)
 
 
-def _is_locked(path: Path) -> bool:
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 def clean_stale(places: tuple[Path, ...] | None = None) -> list[Path]:
     """Remove what `stale_files` lists; returns what is gone."""
     stale = stale_files(places)
     for directory in stale:
-        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else has removed it
+            _remove(directory)
     return [directory for directory in stale if not directory.exists()]
+
+
+def _remove(directory: Path) -> None:
+    if not (directory / USERS_FILE).exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    users = FileLock(directory / USERS_FILE)
+    try:
+        remove_unused(directory, users)  # somebody may have joined since it was looked at
+    finally:
+        users.release()

@@ -27,7 +27,6 @@ from learner.intake.source import Interrupted, StopFlag, TicketsFail
 from learner.methods import sft
 from learner.methods.epochs import Epochs
 from learner.methods.guard import Guard, Verdict
-from learner.methods.rollouts import LAG_TOKENS
 from learner.metrics import MetricsLog, Status
 from learner.model import load_model, share_cores
 from learner.optim import Optimizer, lr_at
@@ -308,12 +307,7 @@ class Learner:
             figures["version"] = self._publish()
             figures |= self.actors.publisher.figures if self.actors else {}
             source.commit(step + 1, int(figures["version"]))
-            self.state.lag_sum += figures["lag_mean"]
-            self.state.lag_max = max(self.state.lag_max, figures["lag_max"])
-            for name, count in figures.items():
-                if name.startswith(LAG_TOKENS):
-                    lag = name.removeprefix(LAG_TOKENS)
-                    self.state.lag_tokens[lag] = self.state.lag_tokens.get(lag, 0) + int(count)
+            self.state.count_lag(figures)
             self.state.rewards.append(figures["reward_mean"])
             self.state.rollout_tokens += int(figures["completion_tokens"])
         if figures.get("kept_completions") == 0.0:

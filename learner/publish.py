@@ -183,16 +183,17 @@ class Publisher:
 
     def _copy(self, model: PolicyModel) -> Callable[[], Flat]:
         """A function that gives the weights of this moment as one flat buffer, to be called behind the training."""
-        live = model.live_state()
+        on_device = model.device.type != "cpu"
+        state = model.published_state(model.device) if on_device else model.live_state()
         specs = layout(
-            (name, dtype_name(model.published_dtype(tensor)), tuple(tensor.shape)) for name, tensor in live.items()
+            (name, dtype_name(model.published_dtype(tensor)), tuple(tensor.shape)) for name, tensor in state.items()
         )
         self.bytes_dense = sum(map(nbytes, specs))
-        if model.device.type != "cpu":
-            changes = self._device.advance(model.published_state(model.device))
+        if on_device:
+            changes = self._device.advance(state)
             return lambda: self._assemble(specs, changes)
         buffer = self._buffers.take(self.bytes_dense)
-        fill(specs, buffer, live)
+        fill(specs, buffer, state)
         return lambda: (specs, buffer, None)
 
     def _assemble(self, specs: tuple[TensorSpec, ...], changes: dict[str, Change]) -> Flat:

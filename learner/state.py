@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from learner.methods.rollouts import LAG_TOKENS
+
 SURVIVE_GOING_BACK = ("wall_s", "rollbacks", "lr_scale", "earlier", "evals", "budget_tokens", "guard_events")
 
 
@@ -60,6 +62,15 @@ class RunState:
     wall_s: float = 0.0
     earlier: dict[str, Any] = field(default_factory=dict)
     """What the hub counted in the processes before this one (`summary.process_totals`)."""
+
+    def count_lag(self, figures: Mapping[str, float]) -> None:
+        """The lags of one more step's tokens."""
+        self.lag_sum += figures["lag_mean"]
+        self.lag_max = max(self.lag_max, figures["lag_max"])
+        for name, count in figures.items():
+            if name.startswith(LAG_TOKENS):
+                lag = name.removeprefix(LAG_TOKENS)
+                self.lag_tokens[lag] = self.lag_tokens.get(lag, 0) + int(count)
 
     def count_parity(self, nats: float, blind: bool) -> None:
         """One more comparison of an engine with the model."""

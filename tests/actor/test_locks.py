@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from actor.locks import FileLock
+from actor.locks import FileLock, remove_unused
 from protocol.errors import DeadlineExceeded
 from tests.hub_harness import DEADLINE_S
 
@@ -189,3 +191,39 @@ def test_lock_is_current_while_its_file_is_under_its_name(path: Path) -> None:
     again.release()
     assert not again.is_current
     lock.release()
+
+
+def test_remove_unused_leaves_what_somebody_else_uses(tmp_path: Path) -> None:
+    directory = tmp_path / "slots"
+    directory.mkdir()
+    (directory / "slot").touch()
+    mine, theirs = FileLock(directory / "users"), FileLock(directory / "users")
+    assert theirs.try_to(share=True)
+    assert not remove_unused(directory, mine)
+    assert (directory / "slot").exists()
+    theirs.release()
+    assert remove_unused(directory, mine)
+    assert list(tmp_path.iterdir()) == []
+    directory.mkdir()  # somebody's who came afterwards
+    (directory / "users").touch()
+    assert not remove_unused(directory, mine)
+    assert (directory / "users").exists()
+    mine.release()
+
+
+def test_remove_unused_keeps_newcomers_out_from_the_first_moment(tmp_path: Path) -> None:
+    """Who joins while it is being removed makes a directory of its own, which stays."""
+    directory = tmp_path / "slots"
+    directory.mkdir()
+    mine = FileLock(directory / "users")
+
+    def join(gone: Path, **_: object) -> None:
+        directory.mkdir()
+        FileLock(directory / "users").release()
+        rmtree(gone)
+
+    rmtree = shutil.rmtree
+    with mock.patch.object(shutil, "rmtree", join):
+        assert remove_unused(directory, mine)
+    assert [path.name for path in tmp_path.rglob("*")] == ["slots", "users"]
+    mine.release()

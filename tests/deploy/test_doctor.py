@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -86,6 +87,8 @@ def test_staged_weights_are_stale_when_the_last_process_that_used_them_is_dead(t
 def test_clean_stale_leaves_staged_weights_that_are_in_use(tmp_path, user):
     weights = tmp_path / "tandem-run-weights"
     assert clean_stale((tmp_path,)) == []
+    with mock.patch("deploy.doctor.stale_files", return_value=[weights]):  # it was, a moment ago: then somebody joined
+        assert clean_stale((tmp_path,)) == []
     assert (weights / "slot-0.safetensors").exists()
     user.kill()
     user.wait()
