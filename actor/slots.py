@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from protocol.deltas import Run
+from protocol.deltas import Changes
 from protocol.errors import WeightsError
 from protocol.messages import Manifest
 from protocol.rundir import replace_file
@@ -21,8 +21,6 @@ from protocol.tensors import safetensors_header
 from protocol.weights import check_data
 
 SLOTS = 2
-Changed = list[tuple[Run, np.ndarray | None]]
-"""Of each run of tensors the indices of the elements that differ between two versions; None: any of them may."""
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -128,14 +126,14 @@ class SlotFile:
         check_data(self.manifest, self.data)
 
 
-def copy(source: SlotFile, target: SlotFile, changed: Changed | None) -> None:
-    """Make the target's tensors the source's; `changed`: all that differs between them, None: unknown."""
-    if changed is None:
+def copy(source: SlotFile, target: SlotFile, changes: Changes | None) -> None:
+    """Make the target's tensors the source's; `changes`: all that made them of the target's, one after the other, None:
+    unknown. The bits that they name are written as they are; the source need not be looked up for them."""
+    if changes is None:
         np.copyto(np.frombuffer(target.data, np.uint8), np.frombuffer(source.data, np.uint8))
         return
-    for run, indices in changed:
-        bits, values = run.bits(target.data), run.bits(source.data)
+    for run, indices, after in changes:
         if indices is None:
-            bits[:] = values
+            run.bits(target.data)[:] = run.bits(source.data)
         else:
-            bits[indices] = values[indices]
+            run.bits(target.data)[indices] = after

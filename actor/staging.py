@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actor.locks import FileLock, remove_unused
-from actor.slots import SLOTS, Changed, Held, SlotFile, Slots, copy
-from protocol.deltas import DeltaCoder, check_payload
+from actor.slots import SLOTS, Held, SlotFile, Slots, copy
+from protocol.deltas import Changes, DeltaCoder, check_payload
 from protocol.errors import WeightsError
 from protocol.messages import Delta, Manifest, Update, Welcome
 from protocol.rundir import USERS_FILE
@@ -36,6 +36,8 @@ SHARED_MEMORY = Path("/dev/shm")
 RUN_LABEL_CHARS = 24
 STAGE_TIMEOUT_S = 900.0
 """Longest wait for another actor of this node to stage a version, or to load one from the slot that is wanted."""
+REMEMBERED_SHARE = 1 / 2
+"""Of a version's bytes: what a chain of deltas changed is not remembered beyond that, the other slot is copied whole."""
 MAX_HOPS = 5
 """Versions staged one after the other before one is swapped in: a snapshot, then the deltas made meanwhile."""
 
@@ -79,7 +81,7 @@ class Staging:
         self._users: FileLock | None = None
         self._slots = Slots(Path())
         self._coder = DeltaCoder()
-        self._behind: tuple[str, str, Changed] | None = None
+        self._behind: tuple[str, str, Changes] | None = None
         """(digest of the older slot's version, of the newer one's, what changed between them), if this actor knows."""
 
     @property
@@ -232,17 +234,21 @@ class Staging:
         held = self._slots.held()[base]
         behind, self._behind = self._behind, None
         copy(source, file, behind[2] if behind and behind[:2] == (before, held.digest) else None)
-        changed: Changed = []
+        changes: Changes | None = []
         view = memoryview(payload)
         for delta in update.chain:
             part, view = view[: delta.nbytes], view[delta.nbytes :]
             check_payload(delta, part)
             try:
-                changed += self._coder.decode(delta, part, update.manifest.tensors, file.data)
+                found = self._coder.decode(delta, part, update.manifest.tensors, file.data)
             except WeightsError:  # the payload is right: the base is not
                 self._distrust()
                 raise
-        self._behind = held.digest, update.manifest.digest, changed
+            if changes is not None:
+                changes += found
+                size = sum(indices.nbytes for _, indices, _ in changes if indices is not None)
+                changes = changes if size <= REMEMBERED_SHARE * update.manifest.total_bytes else None
+        self._behind = (held.digest, update.manifest.digest, changes) if changes is not None else None
 
     # --- the directory ---
 

@@ -139,13 +139,13 @@ def encode_changes(old: np.ndarray, now: np.ndarray, indices: np.ndarray, small:
     return LENGTH.pack(threshold) + _encode_part(places, was, became) + _encode_part(others, before, after)
 
 
-def apply_changes(payload: memoryview, bits: np.ndarray, small: SmallElements) -> np.ndarray:
-    """Make `bits`, the base's, the new ones in place; the indices of what has changed. `small` follows.
+def apply_changes(payload: memoryview, bits: np.ndarray, small: SmallElements) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Make `bits`, the base's, the new ones in place; [(indices of what has changed, its bits)]. `small` follows.
 
     Raises WeightsError for what cannot be a payload of so many elements, before anything is written.
     """
     if not payload:
-        return np.zeros(0, np.int64)
+        return []
     (threshold,), rest = _take(LENGTH, payload)
     small.choose(bits, threshold)
     places, small_moves, rest = _decode_part(rest, len(small.indices), bits.dtype)
@@ -159,7 +159,7 @@ def apply_changes(payload: memoryview, bits: np.ndarray, small: SmallElements) -
     bits[changed] = became
     bits[others] = after
     small.follow(places, became, others, after)
-    return np.concatenate([changed, others])
+    return [(changed, became), (others, after)]
 
 
 def changed(old: np.ndarray, now: np.ndarray, at_most: int) -> np.ndarray | None:

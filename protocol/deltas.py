@@ -34,6 +34,9 @@ SURELY_SMALLEST = 1 / 8
 MOST_PLACES = 1 / 4
 """Share of changed elements up to which a delta is tried: bounds the memory for indices."""
 
+REMEMBERED_SHARE = 1 / 8
+"""Of a run's bytes: larger indices are not kept, it is copied as a whole."""
+
 Bytes = bytes | memoryview
 
 
@@ -53,6 +56,8 @@ class Run:
 
 
 Coded = list[tuple[DeltaPart, Bytes]]
+Changes = list[tuple[Run, np.ndarray | None, np.ndarray | None]]
+"""Of runs of tensors the indices of elements that differ between two versions, and their new bits; None: any may."""
 
 
 class DeltaCoder:
@@ -104,13 +109,9 @@ class DeltaCoder:
         )
         return delta, payload
 
-    def decode(
-        self, delta: Delta, payload: Bytes, specs: Sequence[TensorSpec], target: memoryview
-    ) -> list[tuple[Run, np.ndarray | None]]:
-        """Make `target`, the bytes of `delta.base`, those of `delta.version`, in place.
+    def decode(self, delta: Delta, payload: Bytes, specs: Sequence[TensorSpec], target: memoryview) -> Changes:
+        """Make `target`, the bytes of `delta.base`, those of `delta.version`, in place; returns what has changed.
 
-        Returns each part's run of tensors with the indices of its changed elements; None where all may have changed, or
-        where the indices would take more than an eighth of the run's bytes.
         Raises WeightsError for a payload that does not have the delta's digest (then nothing was written) or cannot be
         one of these tensors (then `target` may be anything). Whoever calls it knows by `delta.base_digest` that
         `target` is the base, and compares the digests of all tensors afterwards.
@@ -120,17 +121,12 @@ class DeltaCoder:
         self._go_to(delta.base_digest, delta.digest)
         try:
             work = list(_parts(delta, payload, specs))
-            changed = side_by_side(
-                lambda item: self._decode_part(item[0], item[1], item[2], target), work, self.threads
-            )
+            found = side_by_side(lambda item: self._decode_part(item[0], item[1], item[2], target), work, self.threads)
             self._keep(delta.parts)
         except BaseException:
             self._at = ""
             raise
-        return [
-            (run, None if indices is None or 8 * indices.nbytes > run.stop - run.start else indices)
-            for (run, _, _), indices in zip(work, changed, strict=True)
-        ]
+        return [change for changes in found for change in changes]
 
     def _go_to(self, base: str, new: str) -> None:
         if self._at != base:
@@ -187,10 +183,13 @@ class DeltaCoder:
         encoding = min(found, key=lambda name: len(found[name]))
         return DeltaPart(1, encoding, len(found[encoding])), found[encoding]
 
-    def _decode_part(self, run: Run, encoding: str, payload: memoryview, target: memoryview) -> np.ndarray | None:
+    def _decode_part(self, run: Run, encoding: str, payload: memoryview, target: memoryview) -> Changes:
         bits = run.bits(target)
         if encoding == "delta":
-            return coding.apply_changes(payload, bits, self._small_of(run.first, run.count))
+            found = coding.apply_changes(payload, bits, self._small_of(run.first, run.count))
+            if sum(indices.nbytes for indices, _ in found) <= REMEMBERED_SHARE * bits.nbytes:
+                return [(run, indices, after) for indices, after in found]
+            return [(run, None, None)]
         if encoding == "dense" and len(payload) == bits.nbytes:
             bits[:] = np.frombuffer(payload, bits.dtype)
         elif encoding in ("zstd", "moves"):
@@ -200,7 +199,7 @@ class DeltaCoder:
             bits[:] = values if encoding == "zstd" else bits + coding.unzigzag(values)
         else:
             raise WeightsError(f"{len(payload)} bytes of encoding {encoding!r} for {bits.nbytes} bytes of tensors")
-        return None
+        return [(run, None, None)]
 
     def _small_of(self, first: int, count: int) -> SmallElements:
         return self._small.setdefault((first, count), SmallElements())

@@ -12,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from actor import slots as slots_module
 from actor import staging as staging_module
 from actor.locks import FileLock
 from actor.staging import Staged, Staging
-from protocol.deltas import DeltaCoder
+from protocol.deltas import Changes, DeltaCoder
 from protocol.messages import Delta, TensorSpec, Update, Welcome
 from protocol.sockets import Link
 from protocol.weights import Snapshot, layout, make_snapshot
@@ -138,12 +137,12 @@ def assert_is(staged: Staged, version: int, form: str, slot: int) -> None:
     assert_holds(staged, VERSIONS[version][0])
 
 
-def spied_copies(monkeypatch: pytest.MonkeyPatch) -> list[slots_module.Changed | None]:
+def spied_copies(monkeypatch: pytest.MonkeyPatch) -> list[Changes | None]:
     """What changed between the slots as far as is known, for every copy of one to the other."""
-    seen: list[slots_module.Changed | None] = []
+    seen: list[Changes | None] = []
     copy = staging_module.copy
 
-    def spy(source: Any, target: Any, changed: slots_module.Changed | None) -> None:
+    def spy(source: Any, target: Any, changed: Changes | None) -> None:
         seen.append(changed)
         copy(source, target, changed)
 
@@ -151,10 +150,10 @@ def spied_copies(monkeypatch: pytest.MonkeyPatch) -> list[slots_module.Changed |
     return seen
 
 
-def bytes_of(changed: slots_module.Changed) -> set[int]:
+def bytes_of(changed: Changes) -> set[int]:
     """Bytes of a version that the runs' elements cover."""
     found: set[int] = set()
-    for run, indices in changed:
+    for run, indices, _ in changed:
         elements = range((run.stop - run.start) // run.itemsize) if indices is None else indices.tolist()
         found |= {run.start + run.itemsize * n + byte for n in elements for byte in range(run.itemsize)}
     return found

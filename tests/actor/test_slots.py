@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actor.slots import Changed, Held, SlotFile, Slots, copy
-from protocol.deltas import runs
+from actor.slots import Held, SlotFile, Slots, copy
+from protocol.deltas import Changes, runs
 from protocol.errors import WeightsError
 from protocol.tensors import safetensors_header
 from protocol.weights import Snapshot, layout, make_snapshot
@@ -160,9 +160,15 @@ def test_slot_stays_mapped_until_its_file_is_another_one(tmp_path: Path) -> None
 # --- from slot to slot ---
 
 
-def places(*elements: tuple[int, list[int] | None]) -> Changed:
-    """[(number of a run, its changed elements)]"""
-    return [(list(runs(SPECS))[n], None if found is None else np.array(found, np.int64)) for n, found in elements]
+def changes(*elements: tuple[int, dict[int, int] | None]) -> Changes:
+    """[(number of a run, its changed elements and their bits)]"""
+    made: Changes = []
+    for n, found in elements:
+        run = list(runs(SPECS))[n]
+        keys, values = list(found or ()), list((found or {}).values())
+        bits = None if found is None else np.array(values, f"<u{run.itemsize}")
+        made.append((run, None if found is None else np.array(keys, np.int64), bits))
+    return made
 
 
 def test_copy_makes_the_target_the_sources_equal(tmp_path: Path) -> None:
@@ -173,15 +179,15 @@ def test_copy_makes_the_target_the_sources_equal(tmp_path: Path) -> None:
 
 
 def test_copy_of_what_changed_touches_nothing_else(tmp_path: Path) -> None:
-    """Elements [2, 5] of the float32 run, none of bfloat16, all of the last one."""
+    """Elements 2 and 5 of the float32 run, 2 twice, none of bfloat16, all of the last one."""
     assert [(run.start, run.stop, run.itemsize) for run in runs(SPECS)] == [(0, 28, 4), (28, 148, 2), (148, 151, 1)]
     slots, first, second = Slots(tmp_path), version(1), version(2)
     source, target = filled(slots, 0, first), filled(slots, 1, second)
     expected = bytearray(second.data)
-    for start, stop in ((8, 12), (20, 24), (148, 151)):
-        expected[start:stop] = first.data[start:stop]
-    copy(source, target, places((0, [2, 5]), (1, []), (2, None)))
-    assert data_of(target) == bytes(expected)
+    expected[8:12], expected[20:24] = (0x01020304).to_bytes(4, "little"), (7).to_bytes(4, "little")
+    expected[148:151] = first.data[148:151]
+    copy(source, target, changes((0, {2: 5, 5: 7}), (1, {}), (2, None), (0, {2: 0x01020304})))
+    assert data_of(target) == bytes(expected), "the bits that are named, the later ones last"
     assert data_of(source) == bytes(first.data)
     copy(source, target, [])
     assert data_of(target) == bytes(expected)

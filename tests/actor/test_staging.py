@@ -160,6 +160,26 @@ async def test_third_version_is_patched_over_the_first_by_what_changed_since(
         assert len(covered - whole_b) == 5 * 2, "five elements of w"
 
 
+async def test_slot_is_copied_in_full_where_a_chain_changed_too_much(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long chain's indices would take more memory than the version itself."""
+    monkeypatch.setattr(staging_module, "REMEMBERED_SHARE", 1 / 8)  # six elements
+    copies = spied_copies(monkeypatch)
+    actor = bench.actor()
+    bench.announce(1)
+    await actor.stage(1)
+    bench.announce(2)
+    await actor.stage(2)
+    bench.announce(3)
+    await actor.stage(3)
+    bench.announce(4, 5)
+    await actor.stage(5)
+    bench.announce(6)
+    assert_is(await actor.stage(6), 6, "delta", 0)
+    assert [changes is None for changes in copies] == [True, False, False, True]
+
+
 async def test_slot_that_another_actor_has_filled_is_copied_in_full(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,9 +63,10 @@ def applied(old: np.ndarray, payload: bytes, small: SmallElements | None = None)
 def test_changes_come_back_bit_by_bit(itemsize: int, size: int, seed: int, density: float, spread: int) -> None:
     old, now = random_step(itemsize, size, density, spread, seed)
     payload, bits = encoded(old, now), old.copy()
-    indices = apply_changes(memoryview(payload), bits, SmallElements())
+    changes = apply_changes(memoryview(payload), bits, SmallElements())
     assert bits.tobytes() == now.tobytes()
-    assert sorted(indices.tolist()) == np.flatnonzero(old != now).tolist()
+    assert sorted(n for indices, _ in changes for n in indices.tolist()) == np.flatnonzero(old != now).tolist()
+    assert all(after.tolist() == now[indices].tolist() for indices, after in changes)
 
 
 def test_changes_are_of_bits_and_not_of_values() -> None:
@@ -412,7 +413,8 @@ def test_payload_spelled_out() -> None:
     payload += b"\1\0\0\0\0\0\0\0" + b"\1\1" + raw(1) + raw(1)  # the second small one moves by -1
     payload += b"\2\0\0\0\0\0\0\0" + b"\1\1" + raw(2, 1) + raw(2, 3)  # elements 2 and 4 by 1 and -2
     bits, small = np.array([5, 0, 6, 0x8001, 7, 1], "<u2"), SmallElements()
-    assert apply_changes(memoryview(payload), bits, small).tolist() == [3, 2, 4]
+    changes = [(indices.tolist(), after.tolist()) for indices, after in apply_changes(memoryview(payload), bits, small)]
+    assert changes == [([3], [0x8000]), ([2, 4], [7, 5])]
     assert bits.tolist() == [5, 0, 7, 0x8000, 5, 1]
     assert small.indices.tolist() == [1, 3, 5]
     with mock.patch.object(coding, "choose_threshold", return_value=4):

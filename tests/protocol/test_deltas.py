@@ -51,13 +51,16 @@ def random_step(tensors: Tensors, density: float, spread: int, seed: int) -> tup
 
 
 def decoded(coder: DeltaCoder, delta: Delta, payload: bytes, base: Snapshot, new: Snapshot) -> bytes:
-    """What the coder makes of the base; every element outside the indices that it returns is unchanged."""
+    """What the coder makes of the base; the changes that it returns lead there, too."""
     target = bytearray(base.data)
     changed = coder.decode(delta, payload, new.manifest.tensors, memoryview(target))
     copied = bytearray(base.data)
-    for run, indices in changed:
-        bits, values = run.bits(memoryview(copied)), run.bits(memoryview(target))
-        bits[slice(None) if indices is None else indices] = values[slice(None) if indices is None else indices]
+    for run, indices, after in changed:
+        bits = run.bits(memoryview(copied))
+        if indices is None:
+            bits[:] = run.bits(memoryview(target))
+        else:
+            bits[indices] = after
     assert copied == target
     return bytes(target)
 
