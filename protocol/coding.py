@@ -178,13 +178,22 @@ def _changed(old: np.ndarray, now: np.ndarray) -> np.ndarray:
     shift = 3 - (old.itemsize.bit_length() - 1)  # a word has 2^shift elements
     whole = len(old) >> shift << shift
     old_words, now_words = old[:whole].view("<u8"), now[:whole].view("<u8")
-    words = np.flatnonzero(old_words != now_words)
+    words = _few_true(old_words != now_words)
     if len(words) > len(old_words) // 4:
         return np.flatnonzero(old != now)
     moved = (old_words.take(words) ^ now_words.take(words)).view(old.dtype)
     inside = np.flatnonzero(moved != 0)
     found = (words.take(inside >> shift) << shift) + (inside & ((1 << shift) - 1))
     return np.concatenate([found, whole + np.flatnonzero(old[whole:] != now[whole:])])
+
+
+def _few_true(flags: np.ndarray) -> np.ndarray:
+    """np.flatnonzero, faster where few of the flags are true: eight are looked at at once."""
+    whole = len(flags) >> 3 << 3
+    groups = flags[:whole].view("<u8")
+    hits = np.flatnonzero(groups != 0)
+    inside = np.flatnonzero(groups.take(hits).view(bool))
+    return np.concatenate([(hits.take(inside >> 3) << 3) + (inside & 7), whole + np.flatnonzero(flags[whole:])])
 
 
 def _encode_part(places: np.ndarray, before: np.ndarray, after: np.ndarray) -> bytes:
