@@ -37,7 +37,7 @@ RUN_LABEL_CHARS = 24
 STAGE_TIMEOUT_S = 900.0
 """Longest wait for another actor of this node to stage a version, or to load one from the slot that is wanted."""
 REMEMBERED_SHARE = 1 / 2
-"""Of a version's bytes: what a chain of deltas changed is not remembered beyond that, the other slot is copied whole."""
+"""Of a version's bytes: what a chain of deltas changed is not remembered beyond that, and the slot is copied whole."""
 MAX_HOPS = 5
 """Versions staged one after the other before one is swapped in: a snapshot, then the deltas made meanwhile."""
 

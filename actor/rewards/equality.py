@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import regex as re
 
 from actor.rewards.numerals import UNWRAP, normalize_answer, read_quantity, split_unit
 from actor.rewards.shapes import SYMBOL, is_balanced, read_inequality, split_name, take_apart

@@ -11,9 +11,10 @@ import difflib
 import functools
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import regex as re
 
 from actor.rewards.base import Grader, Scores, make_scores
 from actor.rewards.text import has_numeral

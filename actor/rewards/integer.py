@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import regex as re
 
 from actor.rewards.base import Scores, make_scores
 from actor.rewards.text import has_numeral, is_changed, is_doubted

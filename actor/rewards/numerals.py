@@ -8,10 +8,11 @@ the number at the end of a free text. Both know only text; which is used when is
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
+
+import regex as re
 
 from actor.rewards.shapes import SYMBOL
 from actor.rewards.text import (

@@ -5,8 +5,9 @@ Knows brackets and separators, not what stands between them. Every function take
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
+
+import regex as re
 
 MAX_DEPTH = 20
 

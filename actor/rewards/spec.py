@@ -9,8 +9,9 @@ grader  = name | "reasoning_gym:" task | module ":" function
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
+
+import regex as re
 
 MAX_CHARS = 2000
 GRAMMAR = (

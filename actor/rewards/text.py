@@ -2,8 +2,9 @@ r"""Where in a response the answer stands: \boxed{}, tags, the tail. All in time
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
+
+import regex as re
 
 MAX_TAIL_CHARS = 100_000
 """Of a longer response only the end is searched for a box or a number."""

@@ -249,7 +249,7 @@ def test_check_python_names_what_is_needed():
 def test_run_pip_tells_what_pip_said_and_leaves_no_marker(tmp_path, paths):
     paths.venv.joinpath("bin").mkdir(parents=True)
     paths.python.symlink_to(sys.executable)
-    env = os.environ | only_from(tmp_path)
+    env = os.environ | only_from(tmp_path) | {"PIP_BREAK_SYSTEM_PACKAGES": "1"}  # Debian's Python, without its venv
     with pytest.raises(SetupError, match=r"(?s)packages.*No matching distribution found for nosuch-package"):
         install.run_pip(paths, "packages", ["--no-deps", "nosuch-package==1"], env, quiet)
     assert not (paths.venv / install.INSTALLING).exists()
