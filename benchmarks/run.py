@@ -72,7 +72,8 @@ def print_weights(console: Console, result: dict[str, Any]) -> None:
             f"{min(found['changed']):.2%} to {max(found['changed']):.2%} of the elements changed; "
             f"dense / delta, seconds: {found['faster']:.2f}"
         )
-    console.print(f"dense over the wire / raw ZeroMQ, bytes a second: {result['dense_wire_over_raw_zmq']:.2f}")
+    low, median, high = result["dense_wire_over_raw_zmq"]
+    console.print(f"dense over the wire / raw ZeroMQ, bytes a second: {median:.2f} (quartiles {low:.2f}, {high:.2f})")
     if "pause_s" in result:
         console.print(f"the engine's pause to load a version, the same for both: {result['pause_s']:.2f} s")
 

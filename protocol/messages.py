@@ -173,7 +173,7 @@ class Welcome(Message, frozen=True, tag="welcome"):
     group_size: int
     kv: Literal["keep", "recompute"] = "keep"
     chunk_bytes: int = 8 << 20
-    window: int = 2
+    window: int = 4
     """Chunk requests in flight."""
     grader_timeout_s: float = 5.0
     engine: dict[str, str | int | float | bool] = field(default_factory=dict)

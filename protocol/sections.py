@@ -310,7 +310,7 @@ class WeightsConfig(Section):
     prefix_cache: Literal["version", "shared"] = "version"
     """version: new requests find keys and values of the version that is serving only; shared: older ones, too."""
     chunk_mib: Positive = 8
-    window: Positive = 2
+    window: Positive = 4
     parity: Literal["stop", "warn", "off"] = "stop"
     """What happens when an engine's logprobs are further from the learner's than `parity_nats`."""
     parity_every: Positive = 16
