@@ -122,21 +122,31 @@ class Staging:
             slot, held = base or (0, Held(0, ""))
             if max(manifest.version, newest) <= serving:
                 return None
-            if held.digest == manifest.digest:
-                return await self._found(slot, manifest)
-            began = time.perf_counter()
-            if update.chain:
-                payload = update.payload or await self._pull_chain(link, welcome, update.chain)
+            if held.digest != manifest.digest:
+                return await self._bring_over(link, welcome, update, slot)
+            lock = FileLock(self._slots.path(slot))
+            try:
+                await lock.take(True, "a staged version", STAGE_TIMEOUT_S)
+            except BaseException:
+                lock.release()
+                raise
+        return await self._found(lock, slot, manifest)
 
-                def decode(file: SlotFile, before: str) -> Awaitable[None]:
-                    return _thread(self._apply, update, payload, slot, file, before)
+    async def _bring_over(self, link: Link, welcome: Welcome, update: Update, base: int) -> Staged:
+        """Stage what the update leads to: its chain of deltas from the slot `base` on, or a snapshot."""
+        began = time.perf_counter()
+        if update.chain:
+            payload = update.payload or await self._pull_chain(link, welcome, update.chain)
 
-                return await self._stage(manifest, "delta", began, decode)
+            def decode(file: SlotFile, before: str) -> Awaitable[None]:
+                return _thread(self._apply, update, payload, base, file, before)
 
-            def pull(file: SlotFile, before: str) -> Awaitable[None]:
-                return self._pull_snapshot(link, welcome, file)
+            return await self._stage(update.manifest, "delta", began, decode)
 
-            return await self._stage(manifest, "snapshot", began, pull)
+        def pull(file: SlotFile, before: str) -> Awaitable[None]:
+            return self._pull_snapshot(link, welcome, file)
+
+        return await self._stage(update.manifest, "snapshot", began, pull)
 
     async def _ask(self, link: Link, base: tuple[int, Held] | None) -> Update:
         held = base[1] if base else Held(0, "")
@@ -188,18 +198,19 @@ class Staging:
         seconds = {"fetch": fetched - began, "decode": filled - fetched, "check": now - filled}
         return Staged(manifest, file.path, lock, form, seconds)
 
-    async def _found(self, slot: int, manifest: Manifest) -> Staged:
-        """What another actor has staged. It is checked again: nobody knows what happened to it since."""
+    async def _found(self, lock: FileLock, slot: int, manifest: Manifest) -> Staged:
+        """What another actor has staged, its slot held by `lock`. It is checked again, since nobody knows what happened
+        to it meanwhile, but not under the lock for writing: the actors of a node check at the same time."""
         began = time.perf_counter()
-        lock = FileLock(self._slots.path(slot))
         try:
-            await lock.take(True, "a staged version", STAGE_TIMEOUT_S)
             file = self._slots.open(slot, manifest)
             await _thread(file.check)
         except BaseException as error:
+            lock.release()  # first: whoever may write waits for it
             if isinstance(error, WeightsError):
-                self._slots.forget(slot)
-            lock.release()
+                async with self._writing():
+                    if self._slots.held().get(slot, Held(0, "")).digest == manifest.digest:
+                        self._slots.forget(slot)
             raise
         return Staged(manifest, file.path, lock, "found", {"check": time.perf_counter() - began})
 
@@ -216,7 +227,7 @@ class Staging:
 
         await link.fetch(manifest.version, manifest.total_bytes, welcome.chunk_bytes, welcome.window, write)
 
-    async def _pull_chain(self, link: Link, welcome: Welcome, chain: tuple[Delta, ...]) -> bytes:
+    async def _pull_chain(self, link: Link, welcome: Welcome, chain: tuple[Delta, ...]) -> memoryview:
         payload = bytearray(sum(delta.nbytes for delta in chain))
         start = 0
         for delta in chain:
@@ -226,9 +237,9 @@ class Staging:
 
             await link.fetch(delta.version, delta.nbytes, welcome.chunk_bytes, welcome.window, write, "delta")
             start += delta.nbytes
-        return bytes(payload)
+        return memoryview(payload)
 
-    def _apply(self, update: Update, payload: bytes, base: int, file: SlotFile, before: str) -> None:
+    def _apply(self, update: Update, payload: bytes | memoryview, base: int, file: SlotFile, before: str) -> None:
         """Make the file the base's equal, then what the chain of deltas makes of it."""
         source = self._slots.open(base, update.manifest)
         held = self._slots.held()[base]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from actor import staging as staging_module
 from actor.locks import FileLock
+from actor.slots import SlotFile
 from protocol import shelf
 from protocol.deltas import DeltaCoder
 from protocol.errors import DeadlineExceeded, WeightsError
@@ -268,6 +270,29 @@ async def test_two_actors_at_once_pull_a_version_once(bench: Bench) -> None:
     assert bench.bytes_sent == SIZE
     for one in staged:
         assert_holds(one, VERSIONS[1][0])
+
+
+async def test_actors_check_what_they_find_at_the_same_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of them meet in the middle of their checks, and a fourth stages the next version meanwhile."""
+    first, *others, fourth = [bench.actor() for _ in range(5)]
+    bench.announce(1)
+    await first.stage(1)
+    arrived, meeting, check = threading.Semaphore(0), threading.Barrier(4, timeout=DEADLINE_S), SlotFile.check
+
+    def meet(file: SlotFile) -> None:
+        if file.manifest.version == 1:
+            arrived.release()
+            meeting.wait()
+        check(file)
+
+    monkeypatch.setattr(SlotFile, "check", meet)
+    checking = [asyncio.ensure_future(other.stage(1)) for other in others]
+    for _ in others:
+        assert await asyncio.to_thread(arrived.acquire, timeout=DEADLINE_S)
+    bench.announce(2)
+    assert_is(await fourth.stage(2), 2, "delta", 1)
+    await asyncio.to_thread(meeting.wait)
+    assert [(await staged).form for staged in checking] == ["found"] * 3
 
 
 async def test_slot_that_an_engine_loads_from_is_not_written(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
