@@ -129,7 +129,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
     everything = [row for rows in groups.values() for row in rows]
     columns = [("zero-shot", everything, "before"), ("warm start", everything, "after_warm_start")]
     columns += [(name, rows, "after") for name, rows in groups.items()]
-    colours = dict(zip(groups, pyplot.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    colours = dict(zip(groups, pyplot.get_cmap("tab10").colors, strict=False))
     for place, (name, rows, when) in enumerate(columns):
         value = spread(rows, when)
         if value is None:

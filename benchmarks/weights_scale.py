@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -243,11 +243,11 @@ def measure(count: int, made: list[tuple[Snapshot, Any]], deltas: bool, root: Pa
         def listen() -> None:
             nonlocal peak
             assert time.monotonic() < deadline, f"not all actors came to an end: {confirmed}"
-            for pipe in multiprocessing.connection.wait(pipes, 0.05):
-                told = pipe.recv()  # type: ignore[union-attr]
+            for pipe in cast(list[Connection], multiprocessing.connection.wait(pipes, 0.05)):
+                told = pipe.recv()
                 if isinstance(told, list):
                     found.extend(told)
-                    pipes.remove(pipe)  # type: ignore[arg-type]
+                    pipes.remove(pipe)
                 else:
                     confirmed.__setitem__(*told)
             peak = max(peak, me.memory_info().rss)
