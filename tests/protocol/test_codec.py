@@ -263,7 +263,7 @@ GOLDEN: list[tuple[Any, str]] = [
     (m.Probed(3, (2, 1), "c", b"\1\0\0\0" * 3, b"\0\0\0\xbf" * 3), "c10c9b4bba1e73d0"),
     (m.UpdateRequest(2, "d"), "b6fd383e0c790309"),
     (m.ChunkRequest(3, 8, 16), "44390cbf15a2c1ad"),
-    (m.Welcome("run", "model", "bfloat16", 128, "tcp://b", "tcp://n", 1.0, 15.0, 0, 8), "cf7ab07bf4c47859"),
+    (m.Welcome("run", "model", "bfloat16", 128, "tcp://b", "tcp://n", 1.0, 15.0, 0, 8, window=2), "cf7ab07bf4c47859"),
     (m.Rehello(), "5e7728b1eed865ec"),
     (m.Refused("no"), "6b4ccb666694e2ac"),
     (m.Ticket(m.TicketId(0, 1), "train", 1, (1, 2), "7", "integer", 8, m.Sampling(16), 5, 2), "c3379f6254129c72"),
