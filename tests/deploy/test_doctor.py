@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +15,8 @@ import pytest
 
 from deploy import doctor
 from deploy.doctor import GIB, clean_stale, read_pins, stale_files
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def dead_pid() -> int:
@@ -191,3 +195,11 @@ def test_run_checks_gives_every_fault_an_advice(monkeypatch, tmp_path):
     assert len(checks) == 13
     assert checks["engine"].level == checks["Ray"].level == "fail"
     assert all(check.advice for check in checks.values() if check.level != "ok")
+
+
+def test_both_lists_pin_every_direct_requirement_at_one_version():
+    """gpu.txt is edited by hand: nobody here installs it."""
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    direct = {re.match(r"[A-Za-z0-9._-]+", requirement)[0] for requirement in named}
+    cpu, gpu = (read_pins(ROOT / "deploy" / "requirements" / f"{name}.txt") for name in ("cpu", "gpu"))
+    assert {name: gpu.get(name) for name in direct} == {name: cpu[name] for name in direct}
