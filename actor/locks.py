@@ -33,12 +33,16 @@ class FileLock:
         return True
 
     async def take(self, share: bool, what: str, timeout_s: float) -> None:
-        """Wait for the lock. Raises DeadlineExceeded, naming `what` is waited for."""
+        """Wait for the lock. Raises DeadlineExceeded, naming `what` is waited for; then the file is let go of."""
         deadline = time.monotonic() + timeout_s
-        while not self.try_to(share):
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded(f"{what} ({self.path})", timeout_s)
-            await asyncio.sleep(POLL_S)
+        try:
+            while not self.try_to(share):
+                if time.monotonic() > deadline:
+                    raise DeadlineExceeded(f"{what} ({self.path})", timeout_s)
+                await asyncio.sleep(POLL_S)
+        except BaseException:
+            self.release()
+            raise
 
     @property
     def is_current(self) -> bool:

@@ -125,11 +125,7 @@ class Staging:
             if held.digest != manifest.digest:
                 return await self._bring_over(link, welcome, update, slot)
             lock = FileLock(self._slots.path(slot))
-            try:
-                await lock.take(True, "a staged version", STAGE_TIMEOUT_S)
-            except BaseException:
-                lock.release()
-                raise
+            await lock.take(True, "a staged version", STAGE_TIMEOUT_S)
         return await self._found(lock, slot, manifest)
 
     async def _bring_over(self, link: Link, welcome: Welcome, update: Update, base: int) -> Staged:
@@ -275,11 +271,7 @@ class Staging:
             with contextlib.suppress(FileNotFoundError):  # the last one to leave has removed it meanwhile
                 _check_private(directory)
                 users = FileLock(directory / USERS_FILE)
-                try:
-                    await users.take(True, "the node's staging directory", STAGE_TIMEOUT_S)
-                except BaseException:
-                    users.release()
-                    raise
+                await users.take(True, "the node's staging directory", STAGE_TIMEOUT_S)
                 if users.is_current:
                     break
                 users.release()

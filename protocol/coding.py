@@ -175,7 +175,7 @@ def changed(old: np.ndarray, now: np.ndarray, at_most: int) -> np.ndarray | None
 
 def _changed(old: np.ndarray, now: np.ndarray) -> np.ndarray:
     """Of one block: words of eight bytes are compared first, then the elements of those that differ."""
-    shift = 3 - (old.itemsize.bit_length() - 1)  # a word has 2^shift elements
+    shift = 4 - old.itemsize.bit_length()  # a word has 2^shift elements
     whole = len(old) >> shift << shift
     old_words, now_words = old[:whole].view("<u8"), now[:whole].view("<u8")
     words = _few_true(old_words != now_words)

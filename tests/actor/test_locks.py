@@ -164,7 +164,7 @@ async def test_take_gives_up_after_its_deadline_and_names_what_it_waited_for(pat
         await lock.take(True, "a share", 0.0)
         with pytest.raises(DeadlineExceeded, match=r"waited 0 s for the last reader \(.*/a\.lock\)"):
             await lock.take(False, "the last reader", 0.03)
-        lock.release()
+        assert not lock.is_current, "whoever gives up has let go of the file"
 
 
 def test_lock_file_is_made_for_this_user_and_its_content_is_kept(path: Path) -> None:
