@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import ray
 
@@ -22,6 +22,18 @@ log = logging.getLogger(__name__)
 
 RESTART_PAUSE_S = 1.0
 EXIT_CODE = 70
+BEFORE_WORK = ("connecting", "starting engine")
+"""Phases of the loop in which it holds no ticket and serves no weights."""
+
+
+class ActorState(TypedDict):
+    """What an actor says of itself through Ray."""
+
+    state: Literal["running", "left", "refused"]
+    why: str
+    phase: str
+    working: bool
+    pid: int
 
 
 def redirect_output(path: str) -> None:
@@ -49,7 +61,9 @@ class RolloutActor:
         user_functions: tuple[str, ...] = (),
         user_path: str = "",
     ) -> None:
-        self._state = "running"
+        self._state: Literal["running", "left", "refused"] = "running"
+        self._why = ""
+        self._loop: Any = None
         redirect_output(log_path)
         configure_logging()
         options = {"lost_learner_s": lost_learner_s, "user_functions": user_functions, "user_path": user_path}
@@ -60,20 +74,23 @@ class RolloutActor:
         from actor.loop import ActorLoop, LearnerRefused
 
         try:
-            reason = asyncio.run(ActorLoop(learner, name, **options).run())
+            self._loop = ActorLoop(learner, name, **options)
+            reason = asyncio.run(self._loop.run())
             log.info("%s ends: %s", name, reason)
-            self._state = "drained"
+            self._why, self._state = reason, "left"
         except LearnerRefused as error:
             log.error("%s ends: %s", name, error)
-            self._state = "refused"
+            self._why, self._state = str(error), "refused"
         except BaseException:
             log.exception("%s failed; Ray restarts it", name)
             time.sleep(RESTART_PAUSE_S)
             os._exit(EXIT_CODE)
 
-    def state(self) -> dict[str, str | int]:
-        """What the loop does, and in which process."""
-        return {"state": self._state, "pid": os.getpid()}
+    def state(self) -> ActorState:
+        """What the loop does, and in which process. `working`: it has an engine, and so perhaps tickets."""
+        phase = self._loop.phase if self._loop else "connecting"
+        working = self._state == "running" and phase not in BEFORE_WORK
+        return {"state": self._state, "why": self._why, "phase": phase, "working": working, "pid": os.getpid()}
 
 
 RemoteRolloutActor = ray.remote(max_restarts=-1, max_task_retries=-1)(RolloutActor)

@@ -176,6 +176,24 @@ def actor(
 
 
 @app.command()
+def scale(
+    count: Annotated[int, typer.Argument(metavar="N", min=0, help="Rollout actors that the run is to have.")],
+    name: Annotated[str, typer.Argument(metavar="[RUN]", help="Name or directory; default: the only one.")] = "",
+    runs: RunsDir = Path("runs"),
+    wait: Annotated[bool, typer.Option("--wait", help="Until all serve, and the surplus has left.")] = False,
+    timeout_s: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Of --wait.")] = 900.0,
+) -> None:
+    """Change the number of rollout actors of a run while it goes on. 0: the learner waits until there are some."""
+    from deploy.scale import follow, scale, start_line
+
+    run, before = scale(name, runs, count)
+    console.print(start_line(run, before, count), soft_wrap=True, highlight=False)
+    if not follow(run, count, _dim, wait, timeout_s if wait else 60.0) and wait:
+        _print_error("not reached:", f"after {timeout_s:g} s not all of {count} actors serve")
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
     """Print a run's report again, and draw its curve."""
     from deploy.report import print_report

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from actor.staging import engine_prefix, safe_name
-from deploy.ray_cluster import GpuShares, ray_runtime, rollout_actors
+from deploy.crew import Crew
+from deploy.ray_cluster import GpuShares
 from protocol.config import Recipe
 from protocol.errors import DeadlineExceeded
 from protocol.rundir import RunDir, read_json
@@ -96,17 +97,14 @@ def launch(recipe: Recipe, run: RunDir, model: Path, view: View, gpus: GpuShares
     with interrupts.caught(), contextlib.ExitStack() as stack:
         run.status.unlink(missing_ok=True)
         stack.callback(remove_left_over, run)
+        crew = stack.enter_context(Crew(recipe, run, view, gpus, ray_address)) if recipe.needs_actors else None
         learner = stack.enter_context(LearnerProcess(run, model, gpus.learner))
-        if recipe.actor.count and recipe.needs_actors:
-            view.note("starting Ray")
-            if gpus.actors and not ray_address:
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.actors)
-            stack.enter_context(ray_runtime(recipe, ray_address))
+        if crew and recipe.actor.count:
+            crew.open()  # while the learner loads the model
             interrupts.arm()
+        if crew:
             _wait_for_endpoint(run, learner, view, interrupts)
-            if not interrupts.count and learner.poll() not in NO_RESTART:  # actors also wait for a restarted learner
-                stack.enter_context(rollout_actors(recipe, run))
-        return _watch(run, learner, view, interrupts)
+        return _watch(run, learner, crew, view, interrupts)
 
 
 def _wait_for_endpoint(run: RunDir, learner: LearnerProcess, view: View, interrupts: Interrupts) -> None:
@@ -119,13 +117,16 @@ def _wait_for_endpoint(run: RunDir, learner: LearnerProcess, view: View, interru
         time.sleep(POLL_S)
 
 
-def _watch(run: RunDir, learner: LearnerProcess, view: View, interrupts: Interrupts) -> int:
-    """Show the learner's state until it ends; restart it when it was killed, pass interrupts on."""
+def _watch(run: RunDir, learner: LearnerProcess, crew: Crew | None, view: View, interrupts: Interrupts) -> int:
+    """Show the learner's state until it ends; restart it when it was killed, pass interrupts on, keep actors right."""
     stopping_since = 0.0
     while True:
         code = learner.poll()
         interrupts.leave_closed_terminals()
-        view.update(read_json(run.status) or {})
+        if crew and not interrupts.count and code not in NO_RESTART:  # actors also wait for a restarted learner
+            crew.tick()
+            interrupts.arm()
+        view.update((read_json(run.status) or {}) | (crew.figures() if crew else {}))
         if code is not None:
             if interrupts.count and code not in NO_RESTART:
                 return STOPPED  # it was told to go, however it went

@@ -17,6 +17,7 @@ from typing import Any
 from learner.intake.dispatcher import Dispatcher
 from learner.intake.journal import Journal, read_failed, read_filtered, read_groups_with_offsets
 from learner.intake.probes import ProbeResult, Probes
+from learner.intake.scaling import ScaleWatch
 from learner.intake.server import ActorsSeen, IntakeServer
 from learner.intake.source import Source, WaitReporter
 from learner.methods.grpo import equal_rewards
@@ -32,6 +33,8 @@ from protocol.sockets import Hub
 log = logging.getLogger(__name__)
 
 LEAVE_TIMEOUT_S = 5.0
+LAUNCHER_KEYS = {"count", "cpus", "drain_s", "wait_for_room", "start_timeout_s", "grader_timeout_s"}
+"""Of the recipe's `[actor]`: what engines have no use for."""
 MAX_FILTERED_BATCHES = 8
 """`rollout.max_filtered_per_step`'s default, in batches of groups."""
 
@@ -65,8 +68,9 @@ class Actors:
         self.run, self.versions = run, versions
         self.journal = Journal(run.journal, fsync=recipe.wire.journal_fsync)
         probes = Probes(recipe.parity_every, recipe.seed, vocabulary, recipe.model.max_model_len)
+        scale = ScaleWatch(run, recipe.actor.drain_s)
         self.server = IntakeServer(
-            hub, dispatcher, self.journal, welcome, recipe.wire, rollout.straggler_s, vocabulary, probes
+            hub, dispatcher, self.journal, welcome, recipe.wire, rollout.straggler_s, vocabulary, probes, scale
         )
         self.server.newest_before = versions.next - 1
         self.source = Source(self.server, report, should_stop)
@@ -175,5 +179,5 @@ def welcome(recipe: Recipe, run: RunDir, model_path: Path, hub: Hub) -> Welcome:
         chunk_bytes=recipe.weights.chunk_mib << 20,
         window=recipe.weights.window,
         grader_timeout_s=recipe.actor.grader_timeout_s,
-        engine=recipe.actor.model_dump(exclude={"count", "cpus", "start_timeout_s", "grader_timeout_s"}),
+        engine=recipe.actor.model_dump(exclude=LAUNCHER_KEYS),
     )

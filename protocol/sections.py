@@ -282,7 +282,11 @@ class LearnerConfig(Section):
 
 class ActorConfig(Section):
     count: Count = 1
-    """Actors that the launcher starts; 0: actors are started by hand (`tandem actor`)."""
+    """Actors that the launcher starts; 0: none until `tandem scale`, or actors started by hand (`tandem actor`)."""
+    drain_s: PositiveFloat = 60.0
+    """Scaled down: time in which an actor may finish what it holds; then its tickets go back."""
+    wait_for_room: bool = False
+    """True: more actors than the cluster has room for are no error at the start; they wait until it grows."""
     engine: Literal["vllm", "fake"] = "vllm"
     max_running: Positive = 64
     """Completions that the engine runs at once."""
