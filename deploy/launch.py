@@ -23,6 +23,7 @@ from actor.staging import engine_prefix, safe_name
 from deploy.ray_cluster import GpuShares, ray_runtime, rollout_actors
 from protocol.config import Recipe
 from protocol.errors import DeadlineExceeded
+from protocol.keys import make_keys
 from protocol.rundir import RunDir, read_json
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ def launch(recipe: Recipe, run: RunDir, model: Path, view: View, gpus: GpuShares
     interrupts = Interrupts()
     with interrupts.caught(), contextlib.ExitStack() as stack:
         run.status.unlink(missing_ok=True)
+        if recipe.needs_actors:
+            make_keys(run.keys)
         stack.callback(remove_left_over, run)
         learner = stack.enter_context(LearnerProcess(run, model, gpus.learner))
         if recipe.actor.count and recipe.needs_actors:
