@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from deploy.data_cli import data_app
+from protocol.addresses import is_loopback
 from protocol.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ def learner(
     from deploy.preflight import preflight
     from learner.__main__ import main as learner_main
     from protocol.config import load_recipe
+    from protocol.keys import make_keys
 
     recipe, _ = _with_gpus(load_recipe(recipe_path, (*(overrides or ()), "actor.count=0")))
     recipe = resolve_task(recipe, console.print)
@@ -152,7 +154,8 @@ def learner(
     run = _new_run(recipe, runs)
     _write_recipe(recipe, run)
     if recipe.needs_actors:
-        _print_actor_command(run)
+        make_keys(run.keys)
+        _print_actor_command(recipe, run)
     code = learner_main(["--run", str(run.path), "--model", str(model)])
     if code == 3:
         _print_resume(run)
@@ -162,6 +165,7 @@ def learner(
 @app.command()
 def actor(
     learner_address: Annotated[str, typer.Argument(metavar="LEARNER", help="tcp://HOST:PORT or RUN/endpoint.json")],
+    key: Annotated[str, typer.Option(metavar="FILE", help="Copy of RUN/keys/actor.json; not needed beside it.")] = "",
     name: Annotated[str, typer.Option(help="Unique among the actors of the run; default: host and process.")] = "",
     grader: Annotated[
         list[str] | None,
@@ -171,7 +175,7 @@ def actor(
     """One rollout actor by hand, without Ray. What it needs to know comes from the learner, but for code of yours."""
     from actor.__main__ import main as actor_main
 
-    options = ["--name", name] if name else []
+    options = [*(["--name", name] if name else []), *(["--key", key] if key else [])]
     raise typer.Exit(actor_main([learner_address, *options, *(f"--grader={function}" for function in grader or ())]))
 
 
@@ -255,7 +259,7 @@ def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> No
     with run.lock("launcher"):
         _write_recipe(recipe, run)
         if recipe.needs_actors and not recipe.actor.count:
-            _print_actor_command(run)
+            _print_actor_command(recipe, run)
         with ProgressView(console, recipe.name) as view:
             code = launch(recipe, run, model, view, gpus, ray_address)
     status = read_json(run.status) or {}
@@ -291,8 +295,15 @@ def _print_resume(run: RunDir) -> None:
     console.print(text, soft_wrap=True, highlight=False)
 
 
-def _print_actor_command(run: RunDir) -> None:
+def _print_actor_command(recipe: Recipe, run: RunDir) -> None:
+    wire = recipe.wire
     text = f"once it listens, in another terminal:\n  tandem actor {run.endpoint}"
+    if not is_loopback(wire.address):
+        key = "" if wire.no_keys_on_trusted_network else f" --key {run.actor_keys.name}"
+        text += (
+            f"\nor, on a machine that does not see this directory{f', with a copy of {run.actor_keys}' if key else ''}:"
+            f"\n  tandem actor tcp://{wire.address}:{wire.port or 'PORT'}{key}"
+        )
     console.print(text, soft_wrap=True, highlight=False)
 
 

@@ -24,6 +24,7 @@ from deploy.crew import Crew
 from deploy.ray_cluster import GpuShares
 from protocol.config import Recipe
 from protocol.errors import DeadlineExceeded
+from protocol.keys import make_keys
 from protocol.rundir import RunDir, read_json
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ def launch(recipe: Recipe, run: RunDir, model: Path, view: View, gpus: GpuShares
     interrupts = Interrupts()
     with interrupts.caught(), contextlib.ExitStack() as stack:
         run.status.unlink(missing_ok=True)
+        if recipe.needs_actors:
+            make_keys(run.keys)
         stack.callback(remove_left_over, run)
         crew = stack.enter_context(Crew(recipe, run, view, gpus, ray_address)) if recipe.needs_actors else None
         learner = stack.enter_context(LearnerProcess(run, model, gpus.learner))

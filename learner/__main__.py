@@ -8,9 +8,11 @@ it was killed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -31,6 +33,15 @@ def die_with_parent(parent: int) -> None:
         raise SystemExit("the launcher is gone")
 
 
+def raise_file_limit() -> None:
+    """As many open files as the system allows this process: each connection takes one, a stranger's, too, and the
+    usual limit of 1024 would leave the hub little to tell them apart from actors with."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # a limit of the kernel's own below the hard one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m learner", description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run directory with recipe.toml")
@@ -40,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if options.parent:
         die_with_parent(options.parent)
+    raise_file_limit()
 
     stop = StopFlag()
     for signum in (signal.SIGINT, signal.SIGTERM):

@@ -26,6 +26,7 @@ from learner.outcome import EXIT_FAILED, exit_code
 from learner.publish import Publisher, Versions
 from protocol.codec import Limits
 from protocol.config import Recipe
+from protocol.keys import load_learner_keys
 from protocol.messages import Ticket, TicketId, Welcome
 from protocol.rundir import RunDir, read_json, write_json
 from protocol.sockets import Hub
@@ -110,8 +111,10 @@ class Actors:
         learner will be started again after this error: then they wait for it, as after a kill."""
         hub = self.server.hub
         self.server.start()
-        write_json(self.run.endpoint, {"work": hub.work_endpoint})
+        write_json(self.run.endpoint, {"work": hub.work_endpoint, "keys": hub.keys is not None})
         log.info("the learner listens at %s", hub.work_endpoint)
+        if hub.keys is None:
+            log.warning("no keys (wire.no_keys_on_trusted_network): whoever reaches it can act as an actor")
         comes_back = False
         try:
             yield
@@ -151,14 +154,19 @@ class Actors:
 
 
 def bind(recipe: Recipe, run: RunDir) -> Hub:
-    """The hub on the recipe's port, or else on that of the run's earlier process, if it is free: actors that outlived
-    it find this one at once. Otherwise on any: they look into endpoint.json."""
+    """The hub on the recipe's ports, or else on the work port of the run's earlier process, if it is free: actors that
+    outlived it find this one at once. Otherwise on any: they look into endpoint.json.
+
+    Raises KeysError without the run's keys, unless the recipe says that the network is trusted."""
     wire, endpoint = recipe.wire, read_json(run.endpoint)
     limits = Limits(max_frame_bytes=wire.max_frame_mib << 20)
+    trusted = wire.no_keys_on_trusted_network
+    keys = None if trusted else load_learner_keys(run.keys)
     if not wire.port and endpoint:
+        earlier = int(endpoint["work"].rpartition(":")[2])
         with contextlib.suppress(OSError):
-            return Hub(wire.host, int(endpoint["work"].rpartition(":")[2]), limits)
-    return Hub(wire.host, wire.port, limits)
+            return Hub(wire.address, earlier, limits, keys, trusted=trusted)
+    return Hub(wire.address, wire.port, limits, keys, trusted=trusted, consecutive=bool(wire.port))
 
 
 def welcome(recipe: Recipe, run: RunDir, model_path: Path, hub: Hub) -> Welcome:

@@ -46,9 +46,9 @@ RESUMABLE_KEYS = (
     "checkpoint.every_steps", "checkpoint.keep", "actor.count", "actor.max_running", "actor.kv_cache_gib",
     "actor.threads", "actor.gpus", "actor.cpus", "actor.drain_s", "actor.wait_for_room",
     "learner.microbatch_tokens", "learner.packing", "learner.threads",
-    "learner.device", "wire.port", "eval.examples_shown", "eval.every_steps", "eval.share", "guard.policy",
-    "guard.lr_factor", "guard.max_rollbacks", "weights.chunk_mib", "weights.window", "weights.parity",
-    "weights.parity_every", "weights.parity_nats", "weights.anchor_every",
+    "learner.device", "wire.host", "wire.port", "wire.no_keys_on_trusted_network", "eval.examples_shown",
+    "eval.every_steps", "eval.share", "guard.policy", "guard.lr_factor", "guard.max_rollbacks", "weights.chunk_mib",
+    "weights.window", "weights.parity", "weights.parity_every", "weights.parity_nats", "weights.anchor_every",
 )  # fmt: skip
 """Keys that `--resume` may change: none of them alters what the finished steps meant."""
 

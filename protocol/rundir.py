@@ -39,7 +39,7 @@ class RunDir:
 
     @property
     def endpoint(self) -> Path:
-        """{"work": tcp://…}: where actors find the learner, also after it was restarted."""
+        """{"work": tcp://…, "keys": bool}: where actors find the learner, also after it was restarted."""
         return self.path / "endpoint.json"
 
     @property
@@ -51,6 +51,16 @@ class RunDir:
     def actors(self) -> Path:
         """How the launcher's actors get on (`protocol/scaling.py`)."""
         return self.path / "actors.json"
+
+    @property
+    def keys(self) -> Path:
+        """Who may talk to the learner (`keys.py`): private, made by the launcher."""
+        return self.path / "keys"
+
+    @property
+    def actor_keys(self) -> Path:
+        """What an actor of the run needs to be let in."""
+        return self.keys / "actor.json"
 
     @property
     def status(self) -> Path:

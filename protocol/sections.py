@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from protocol.addresses import AUTO, bind_address, check_host, check_port_number
+
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -27,8 +29,6 @@ def _count_or_all(value: Any) -> Any:
 
 
 CountOrAll = Annotated[int | Literal["all"], BeforeValidator(_count_or_all)]
-
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 class Section(BaseModel):
@@ -334,9 +334,12 @@ class CheckpointConfig(Section):
 
 
 class WireConfig(Section):
-    host: str = "127.0.0.1"
+    host: str = AUTO
+    """Address of one interface of the learner's machine. auto: loopback, or this node's address in a joined cluster."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the work socket; 0: a free one. Bulk and news always take free ones."""
+    """Port of the work socket; bulk takes the next one, news the one after. 0: free ones."""
+    no_keys_on_trusted_network: bool = False
+    """True: sockets without keys. Who reaches the ports can act as an actor, and read and change all that passes."""
     heartbeat_s: PositiveFloat = 1.0
     dead_after_s: PositiveFloat = 15.0
     """Silence after which an actor's leases are issued again."""
@@ -347,21 +350,16 @@ class WireConfig(Section):
     """True: an acknowledged group survives the machine; False: it survives the process."""
 
     @model_validator(mode="after")
-    def _loopback(self) -> WireConfig:
-        check_loopback(self.host)
+    def _addresses(self) -> WireConfig:
+        check_host(self.host)
+        check_port_number(self.port)
         if self.dead_after_s < 3 * self.heartbeat_s:
             raise ValueError(
                 f"dead_after_s: found {self.dead_after_s}, allowed: at least 3 x heartbeat_s = {3 * self.heartbeat_s}"
             )
         return self
 
-
-def check_loopback(host: str) -> None:
-    """Raise ValueError unless `host` is a loopback address: sockets are not yet authenticated."""
-    numbers = host.split(".")
-    in_127 = numbers[0] == "127" and len(numbers) == 4 and all(number.isdecimal() for number in numbers)
-    if host not in LOOPBACK_HOSTS and not in_127:
-        raise ValueError(
-            f"host: found {host!r}, allowed: a loopback address ({', '.join(LOOPBACK_HOSTS)}). Sockets carry no keys"
-            " yet, so they are not opened to a network; use an SSH tunnel between machines"
-        )
+    @property
+    def address(self) -> str:
+        """The numeric address to bind."""
+        return bind_address(self.host)
