@@ -8,15 +8,25 @@ when the learner has drained or refused it, the process waits idle for the launc
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import ray
+
+from protocol.errors import DeadlineExceeded
+from protocol.rundir import OWNER_FILE
+
+if TYPE_CHECKING:
+    from actor.finding import FindLearner
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +34,64 @@ RESTART_PAUSE_S = 1.0
 EXIT_CODE = 70
 BEFORE_WORK = ("connecting", "starting engine")
 """Phases of the loop in which it holds no ticket and serves no weights."""
+
+
+NAMESPACE = "tandem"
+"""Ray's, of every run's desk: it is found from another driver."""
+DESK_PREFIX = "tandem-desk-"
+DESK_ANSWER_S = 10.0
+FILES_DEADLINE_S = 120.0
+
+
+def desk_name(label: str) -> str:
+    """Ray's name of a run's desk (`deploy/desk.py`)."""
+    return DESK_PREFIX + label
+
+
+def at_desk(desk: str) -> FindLearner:
+    """A finder that asks the run's desk. Raises OSError while it has no learner's address, or does not answer."""
+    from actor.finding import Address
+    from protocol.keys import ActorKeys, KeyPair
+
+    def find() -> Address:
+        found = ask_desk(desk, "address")
+        if found is None:
+            raise OSError(f"{desk} has no address of a learner yet")
+        keys = found["keys"] and ActorKeys(found["keys"]["learner"], KeyPair(**found["keys"]["own"]))
+        return Address(found["work"], keys)
+
+    return find
+
+
+def ask_desk(desk: str, question: str) -> Any:
+    """One answer of the run's desk. Raises OSError if it does not answer."""
+    try:
+        handle = ray.get_actor(desk, namespace=NAMESPACE)
+        return ray.get(getattr(handle, question).remote(), timeout=DESK_ANSWER_S)
+    except (ValueError, ray.exceptions.RayError) as error:  # no actor of that name; it, or its node, is gone
+        raise OSError(f"{desk} does not answer: {error}") from error
+
+
+def fetch_model(desk: str) -> str:
+    """Put the model's configuration and tokenizer into a temporary directory of this node; its path.
+
+    Raises DeadlineExceeded if the desk never has them."""
+    began = time.monotonic()
+    while True:
+        files = None
+        with contextlib.suppress(OSError):
+            files = ask_desk(desk, "files")
+        if files is not None:
+            break
+        if time.monotonic() - began > FILES_DEADLINE_S:
+            raise DeadlineExceeded(f"the model's files at {desk}", time.monotonic() - began)
+        time.sleep(0.5)
+    directory = Path(tempfile.mkdtemp(prefix="tandem-model-"))
+    (directory / OWNER_FILE).write_text(str(os.getpid()))  # for `tandem doctor --clean`
+    for name, content in files.items():
+        (directory / Path(name).name).write_bytes(content)
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return str(directory)
 
 
 class ActorState(TypedDict):
@@ -66,15 +134,22 @@ class RolloutActor:
         self._loop: Any = None
         redirect_output(log_path)
         configure_logging()
+        if not Path(user_path).is_dir():  # on another machine: a Ray job's working directory is everywhere
+            user_path = os.getcwd()
         options = {"lost_learner_s": lost_learner_s, "user_functions": user_functions, "user_path": user_path}
         self._thread = threading.Thread(target=self._run, args=(learner, name, options), name="actor-loop")
         self._thread.start()
 
     def _run(self, learner: str, name: str, options: dict[str, Any]) -> None:
+        from actor.finding import finder
         from actor.loop import ActorLoop, LearnerRefused
 
         try:
-            self._loop = ActorLoop(learner, name, **options)
+            if learner.startswith(DESK_PREFIX):
+                find, options["model"] = at_desk(learner), fetch_model(learner)
+            else:
+                find = finder(learner)
+            self._loop = ActorLoop(find, name, **options)
             reason = asyncio.run(self._loop.run())
             log.info("%s ends: %s", name, reason)
             self._why, self._state = reason, "left"

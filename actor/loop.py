@@ -19,6 +19,8 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from actor.engine import Engine
 from actor.finding import Address, FindLearner, finder
 from actor.follower import WeightFollower
@@ -87,10 +89,12 @@ class ActorLoop:
         engine: Engine | None = None,
         user_functions: Sequence[str] = (),
         user_path: str = "",
+        model: str = "",
     ) -> None:
         """`learner`: finds it, or what `finding.finder` makes one of (an address, or the path of endpoint.json).
         `user_functions`: the graders module:function that this actor may call, modules also from `user_path`. They
-        come from whoever starts the actor, never from the learner."""
+        come from whoever starts the actor, never from the learner. `model`: directory with the model's configuration
+        and tokenizer on this machine; "": the one that the learner names."""
         self.find = finder(learner) if isinstance(learner, str) else learner
         self.learner = learner if isinstance(learner, str) else "an address not known yet"
         """Where it is looked for, in words."""
@@ -99,6 +103,7 @@ class ActorLoop:
         self.lost_learner_s = lost_learner_s
         self.engine = engine
         self.user_functions, self.user_path = tuple(user_functions), user_path
+        self.model = model
         self.phase, self.phase_since = "connecting", time.monotonic()
         self.held: dict[TicketId, asyncio.Task[None]] = {}
         self.unacked: dict[TicketId, Group] = {}
@@ -216,7 +221,8 @@ class ActorLoop:
             self._enter("starting engine")
             graders = GraderPool(workers, limit_s, user_functions=self.user_functions, user_path=self.user_path)
             async with graders as self.grader:  # first: it takes a tenth of a second, and a fault of a user's shows
-                await self._or_fail(self.engine.start(self.welcome), background)
+                here = msgspec.structs.replace(self.welcome, model=self.model or self.welcome.model)
+                await self._or_fail(self.engine.start(here), background)
                 self.link.open_weights(self.welcome.bulk, self.welcome.news)
                 self._enter("waiting for weights")
                 await self.link.send(self._hello())  # with the number of slots, now that it is known to be real

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 NODE_ID_LABEL = "ray.io/node-id"
 PLACED = "CREATED"
 DEAD_AFTER = 3
+RESERVE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,10 @@ def room(node: Node, cpus: float, gpus: float) -> int:
     by_cpu = int(node.cpus / cpus + 1e-6)
     if not gpus:
         return by_cpu
-    by_gpu = int(node.gpus / gpus + 1e-6) if gpus >= 1 else int(node.gpus) * int(1 / gpus + 1e-6)
-    return min(by_cpu, by_gpu)
+    if gpus >= 1:
+        return min(by_cpu, int(node.gpus / gpus + 1e-6))
+    whole = int(node.gpus)
+    return min(by_cpu, whole * int(1 / gpus + 1e-6) + int((node.gpus - whole) / gpus + 1e-6))
 
 
 def check_room(recipe: Recipe, nodes: Sequence[Node]) -> None:
@@ -71,6 +74,43 @@ def _size(cpus: float, gpus: float) -> str:
 
 def _amount(count: float, kind: str) -> str:
     return f"{count:g} {kind}{'' if count == 1 else 's'}"
+
+
+@contextlib.contextmanager
+def reserve_gpus(count: float, node_id: str) -> Iterator[list[str]]:
+    """Keep GPUs of a node from everybody else while the context lasts: a Ray actor that does nothing holds them.
+
+    Gives their names, as CUDA_VISIBLE_DEVICES spells them; none for a count of 0. Raises RecipeError if they are taken.
+    """
+    if not count:
+        yield []
+        return
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = placement_group([{"GPU": count}], name="tandem-learner", bundle_label_selector=[{NODE_ID_LABEL: node_id}])
+    try:
+        if not group.wait(RESERVE_S):
+            raise RecipeError(
+                f"learner.device: the learner asks for {_amount(count, 'GPU')} of this machine, all of which are taken"
+                f' (waited {RESERVE_S:g} s); allowed: a free one, or learner.device = "cpu"'
+            )
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+        holder = ray.remote(GpuHolder).options(num_cpus=0, num_gpus=count, scheduling_strategy=strategy).remote()
+        yield ray.get(holder.names.remote(), timeout=RESERVE_S)
+    finally:
+        with contextlib.suppress(Exception):
+            remove_placement_group(group)
+
+
+class GpuHolder:
+    """The Ray actor of `reserve_gpus`."""
+
+    def names(self) -> list[str]:
+        import ray
+
+        return [str(name) for name in ray.get_gpu_ids()]
 
 
 def own_node_id() -> str:

@@ -83,21 +83,37 @@ def visible_gpus(count: int) -> list[str]:
 def ray_runtime(recipe: Recipe, address: str) -> Iterator[None]:
     """Ray while the run lasts: joined where an address is given, else one of our own on loopback.
 
-    Raises RecipeError for a cluster that cannot be joined."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    Raises RecipeError for a cluster that cannot be joined, OSError for a Ray that does not start."""
+    if address:
+        with join(address):
+            yield
+        return
     with contextlib.ExitStack() as stack:
-        options: dict[str, Any] = {"address": address} if address else _own_ray(recipe, stack)
-        import ray  # after the environment is set: Ray reads token and addresses when it is loaded
-
-        stack.callback(ray.shutdown)
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+            _init(stack, _own_ray(recipe, stack))
         except Exception as error:  # Ray raises plain ones, too
-            if not address:
-                raise OSError(f"Ray did not start on this machine (is it overloaded?): {error}") from error
+            raise OSError(f"Ray did not start on this machine (is it overloaded?): {error}") from error
+        yield
+
+
+@contextlib.contextmanager
+def join(address: str) -> Iterator[None]:
+    """A cluster that somebody else started, while the context lasts. Raises RecipeError if it cannot be joined."""
+    with contextlib.ExitStack() as stack:
+        try:
+            _init(stack, {"address": address})
+        except Exception as error:
             raise RecipeError(f"--ray-address: {address!r} cannot be joined: {error}") from None
         yield
+
+
+def _init(stack: contextlib.ExitStack, options: dict[str, Any]) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray  # after the environment is set: Ray reads token and addresses when it is loaded
+
+    stack.callback(ray.shutdown)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
 
 
 def check_ray_address(address: str) -> None:

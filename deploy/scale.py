@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from protocol.errors import RecipeError
 from protocol.rundir import RunDir
@@ -13,6 +15,18 @@ from protocol.scaling import Member, Wish, actor_number, read_members, read_wish
 POLL_S = 0.2
 SETTLE_S = 4.0
 """Longer than a launcher takes to notice a wish and to see whether there is room."""
+
+
+class RunningRun(Protocol):
+    """What `tandem scale` needs of a run, wherever it is."""
+
+    name: str
+
+    def leave_wish(self, wish: Wish) -> int:
+        """Returns how many actors were wanted before."""
+
+    def members(self) -> list[Member] | None:
+        """None when the run has ended."""
 
 
 def find_run(name: str, runs: Path) -> RunDir:
@@ -44,43 +58,64 @@ def _running(runs: Path) -> str:
     return f" (running: {names})" if names else " (none is running)"
 
 
-def scale(name: str, runs: Path, count: int) -> tuple[RunDir, int]:
-    """Write the wish of a running run (see `find_run`); returns it, and how many actors it wanted before.
+class LocalRun:
+    """A run whose directory this machine sees."""
 
-    Raises RecipeError for a run that draws nothing from its model."""
-    run = find_run(name, runs)
-    before = read_wish(run)
-    if before is None:
-        raise RecipeError(f"scale: {run.path} has no rollout actors: its method draws nothing from the model")
-    write_wish(run, Wish(count, "tandem scale"))
-    return run, before.actors
+    def __init__(self, run: RunDir) -> None:
+        self.run, self.name = run, run.path.name
+
+    def leave_wish(self, wish: Wish) -> int:
+        """Write the wish; returns how many actors were wanted before. Raises RecipeError for a run without actors."""
+        before = read_wish(self.run)
+        if before is None:
+            raise RecipeError(f"scale: {self.run.path} has no rollout actors: its method draws nothing from the model")
+        write_wish(self.run, wish)
+        return before.actors
+
+    def members(self) -> list[Member] | None:
+        """None when the run has ended."""
+        return read_members(self.run) if self.run.is_held("launcher") else None
 
 
-def start_line(run: RunDir, before: int, count: int) -> str:
-    return f"{run.path.name}: {before} -> {count} actors"
+@contextlib.contextmanager
+def running_run(name: str, runs: Path, ray_address: str) -> Iterator[RunningRun]:
+    """A run that goes on: of a directory, or with an address of a Ray cluster. Raises as `find_run`."""
+    if ray_address:
+        from deploy.desk import remote_run
+
+        with remote_run(ray_address, name) as run:
+            yield run
+    else:
+        yield LocalRun(find_run(name, runs))
 
 
-def follow(run: RunDir, count: int, say: Callable[[str], None], until_served: bool, timeout_s: float) -> bool:
+def follow(run: RunningRun, count: int, say: Callable[[str], None], until_served: bool, timeout_s: float) -> bool:
     """Say what becomes of each actor, until all that are wanted are placed (`until_served`: serve) and the surplus is
     gone; without `until_served` also when it is known that there is no room. Returns whether that was reached."""
     began = time.monotonic()
     said: dict[str, str] = {}
     while True:
-        members = {member.name: member for member in read_members(run)}
-        lines = {name: describe(member) for name, member in members.items()}
-        lines |= {name: f"{name}: gone" for name in said if name not in members}
-        for name, line in lines.items():
-            silent = name in members and members[name].state == "pending" and not members[name].why
-            if said.get(name) != line and not silent:
-                said[name] = line
-                say(line)
         waited = time.monotonic() - began
-        if _reached(count, members.values(), until_served):
+        members = run.members()
+        if members is None or waited > timeout_s:
+            return False
+        for line in _news(members, said):
+            say(line)
+        if _reached(count, members, until_served):
             return True
-        settled = waited > SETTLE_S and not until_served and all(_known(m, count) for m in members.values())
-        if settled or waited > timeout_s or not run.is_held("launcher"):
+        if waited > SETTLE_S and not until_served and all(_known(member, count) for member in members):
             return False
         time.sleep(POLL_S)
+
+
+def _news(members: Iterable[Member], said: dict[str, str]) -> Iterator[str]:
+    """Lines for what has changed since `said`, which is brought up to date."""
+    now = {member.name: describe(member) for member in members if member.state != "pending" or member.why}
+    now |= {name: f"{name}: gone" for name in said if name not in {member.name for member in members}}
+    for name, line in now.items():
+        if said.get(name) != line:
+            said[name] = line
+            yield line
 
 
 def describe(member: Member) -> str:

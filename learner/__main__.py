@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="run directory with recipe.toml")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the model to train")
     parser.add_argument("--parent", type=int, default=0, help="process id of the launcher: end when it ends")
+    parser.add_argument("--host", default="", help="address to listen at instead of wire.host, given by a launcher")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if options.parent:
@@ -59,18 +60,19 @@ def main(arguments: list[str] | None = None) -> int:
     run = RunDir(options.run).create()
     try:
         with run.lock("learner"):
-            return _learn(run, options.model, stop)
+            return _learn(run, options.model, stop, options.host)
     except RecipeError as error:  # the status is the other process's
         logging.error("%s", error)
         return EXIT_USER
 
 
-def _learn(run: RunDir, model: Path, stop: StopFlag) -> int:
-    """The run, and its outcome as an exit code."""
+def _learn(run: RunDir, model: Path, stop: StopFlag, host: str = "") -> int:
+    """The run, and its outcome as an exit code. `host`: address to listen at instead of the recipe's."""
     from learner.loop import Learner
 
     try:
-        finished = Learner(load_recipe(run.recipe), run, model, stop)()
+        recipe = load_recipe(run.recipe, (f'wire.host="{host}"',) if host else ())
+        finished = Learner(recipe, run, model, stop)()
     except Exception as error:
         code = exit_code(error)
         if code == EXIT_FAILED:

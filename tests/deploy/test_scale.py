@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.scale import describe, find_run, follow, running_runs, scale
+from deploy.scale import LocalRun, describe, find_run, follow, running_runs
 from protocol.errors import RecipeError
 from protocol.rundir import RunDir
 from protocol.scaling import Member, Wish, read_wish, write_members, write_wish
@@ -79,15 +79,15 @@ def test_asking_who_runs_does_not_keep_a_launcher_out(tmp_path: Path) -> None:
         pass
 
 
-def test_scale_writes_the_wish_and_tells_the_one_before(running: RunDir, tmp_path: Path) -> None:
-    assert scale("", tmp_path, 3) == (running, 1)
+def test_wish_of_a_local_run_is_written_and_the_one_before_told(running: RunDir) -> None:
+    assert LocalRun(running).leave_wish(Wish(3, "tandem scale")) == 1
     assert read_wish(running) == Wish(3, "tandem scale")
 
 
-def test_scale_refuses_a_run_that_draws_nothing(tmp_path: Path) -> None:
+def test_run_that_draws_nothing_is_not_scaled(tmp_path: Path) -> None:
     run = make_run(tmp_path, "sft", wanted=None)
-    with run.lock("launcher"), pytest.raises(RecipeError, match="sft has no rollout actors"):
-        scale("", tmp_path, 2)
+    with pytest.raises(RecipeError, match="sft has no rollout actors"):
+        LocalRun(run).leave_wish(Wish(2, "tandem scale"))
 
 
 def test_describe_says_where_an_actor_is_and_what_it_waits_for() -> None:
@@ -102,7 +102,9 @@ def following(run: RunDir, count: int, until_served: bool) -> Iterator[tuple[lis
     """`follow` in a thread: the lines that it has said so far, and its result."""
     lines: list[str] = []
     result: list[bool] = []
-    thread = threading.Thread(target=lambda: result.append(follow(run, count, lines.append, until_served, 30.0)))
+    thread = threading.Thread(
+        target=lambda: result.append(follow(LocalRun(run), count, lines.append, until_served, 30.0))
+    )
     thread.start()
     yield lines, result
     thread.join(60)
