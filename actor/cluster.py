@@ -18,15 +18,14 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import ray
 
+from actor.finding import DESK_PREFIX, NAMESPACE, Address, FindLearner, finder
 from protocol.errors import DeadlineExceeded
+from protocol.keys import ActorKeys, KeyPair
 from protocol.rundir import OWNER_FILE
-
-if TYPE_CHECKING:
-    from actor.finding import FindLearner
 
 log = logging.getLogger(__name__)
 
@@ -36,22 +35,12 @@ BEFORE_WORK = ("connecting", "starting engine")
 """Phases of the loop in which it holds no ticket and serves no weights."""
 
 
-NAMESPACE = "tandem"
-"""Ray's, of every run's desk: it is found from another driver."""
-DESK_PREFIX = "tandem-desk-"
 DESK_ANSWER_S = 10.0
 FILES_DEADLINE_S = 120.0
 
 
-def desk_name(label: str) -> str:
-    """Ray's name of a run's desk (`deploy/desk.py`)."""
-    return DESK_PREFIX + label
-
-
 def at_desk(desk: str) -> FindLearner:
     """A finder that asks the run's desk. Raises OSError while it has no learner's address, or does not answer."""
-    from actor.finding import Address
-    from protocol.keys import ActorKeys, KeyPair
 
     def find() -> Address:
         found = ask_desk(desk, "address")
@@ -141,7 +130,6 @@ class RolloutActor:
         self._thread.start()
 
     def _run(self, learner: str, name: str, options: dict[str, Any]) -> None:
-        from actor.finding import finder
         from actor.loop import ActorLoop, LearnerRefused
 
         try:

@@ -14,6 +14,15 @@ from pathlib import Path
 from protocol.keys import ActorKeys, load_actor_keys
 from protocol.rundir import RunDir
 
+NAMESPACE = "tandem"
+"""Ray's, of every run's desk: it is found from another driver."""
+DESK_PREFIX = "tandem-desk-"
+
+
+def desk_name(label: str) -> str:
+    """Ray's name of a run's desk (`deploy/desk.py`), which knows where its learner is."""
+    return DESK_PREFIX + label
+
 
 @dataclass(frozen=True)
 class Address:

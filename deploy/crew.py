@@ -10,11 +10,12 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from actor.cluster import desk_name
-from actor.finding import Address, file_finder
+from actor.finding import Address, desk_name, file_finder
+from deploy.autoscale import Autoscaler, StepTimes
 from deploy.desk import DeskOfRun
 from deploy.fleet import Fleet
 from deploy.placement import RayActors, actor_arguments, own_node_id
@@ -41,6 +42,7 @@ class Crew:
         self._members: list[Member] = []
         self._wish = Wish(self.recipe.actor.count, "the recipe")
         self._trouble_said = 0.0
+        self.autoscaler = Autoscaler(self.recipe.autoscale) if self.recipe.autoscale.enabled else None
 
     def __enter__(self) -> Crew:
         write_wish(self.run, self._wish)
@@ -70,9 +72,11 @@ class Crew:
         )
         self._stack.callback(self.fleet.close)
 
-    def tick(self) -> None:
-        """Read the wish, act on it, write what became of it. A Ray that fails is said, and asked again."""
-        wish = self._read_wish()
+    def tick(self, status: Mapping[str, Any]) -> None:
+        """Read the wish, act on it, write what became of it. A Ray that fails is said, and asked again.
+
+        `status`: the learner's, by whose figures the wish may change."""
+        wish = self._autoscaled(self._read_wish(), status)
         if self.fleet is None:
             if not wish.actors and not self.site.joined:
                 return
@@ -88,6 +92,15 @@ class Crew:
         if (members := self.fleet.members()) != self._members:
             self._members = members
             write_members(self.run, members)
+
+    def _autoscaled(self, wish: Wish, status: Mapping[str, Any]) -> Wish:
+        """The wish, or what the waiting of both sides has made of it: then that is written, with its reason."""
+        times = StepTimes.of(status) if self.autoscaler else None
+        proposal = self.autoscaler.see(times, wish.actors) if self.autoscaler and times else None
+        if proposal is None or proposal.actors == wish.actors:
+            return wish
+        write_wish(self.run, Wish(proposal.actors, f"autoscale: {proposal.reason}"))
+        return self._read_wish()
 
     def _say_trouble(self, error: Exception) -> None:
         log.exception("Ray failed")

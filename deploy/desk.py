@@ -15,8 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
 
-from actor.cluster import NAMESPACE, desk_name
-from actor.finding import Address
+from actor.finding import NAMESPACE, Address, desk_name
 from protocol.errors import RecipeError
 from protocol.scaling import Member, Wish
 

@@ -118,10 +118,11 @@ def _watch(run: RunDir, learner: LearnerProcess, crew: Crew | None, view: View, 
     while True:
         code = learner.poll()
         interrupts.leave_closed_terminals()
+        status = read_json(run.status) or {}
         if crew and not interrupts.count and code not in NO_RESTART:  # actors also wait for a restarted learner
-            crew.tick()
+            crew.tick(status)
             interrupts.arm()
-        view.update((read_json(run.status) or {}) | (crew.figures() if crew else {}))
+        view.update(status | (crew.figures() if crew else {}))
         if code is not None:
             if interrupts.count and code not in NO_RESTART:
                 return STOPPED  # it was told to go, however it went

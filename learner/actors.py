@@ -67,6 +67,8 @@ class Actors:
             max_filtered_per_step=limit if rollout.dynamic_sampling else 0,
         )
         self.run, self.versions = run, versions
+        self._worked = (0.0, 0.0)
+        """Busy and serving seconds of all actors when they were last asked for."""
         self.journal = Journal(run.journal, fsync=recipe.wire.journal_fsync)
         probes = Probes(recipe.parity_every, recipe.seed, vocabulary, recipe.model.max_model_len)
         scale = ScaleWatch(run, recipe.actor.drain_s)
@@ -140,6 +142,16 @@ class Actors:
         """Name -> process id of the actors that are connected."""
         with self.server.lock:
             return {peer.name: peer.hello.pid for peer in self.server.peers.values()}
+
+    def work_since_last(self) -> dict[str, float]:
+        """How many actors serve now, and which share of their serving time they had requests since this was asked."""
+        with self.server.lock:
+            totals = self.server.totals
+            now = totals.busy_s, totals.serving_s
+            serving = sum(peer.version > 0 and peer.drain is None for peer in self.server.peers.values())
+        (busy, served), self._worked = (now[0] - self._worked[0], now[1] - self._worked[1]), now
+        share = min(1.0, busy / served) if served > 0 else 0.0
+        return {"actors_serving": float(serving), "actors_busy_share": share}
 
     def seen(self) -> ActorsSeen:
         """A copy of what is known of actors, for a checkpoint."""

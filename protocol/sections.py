@@ -308,6 +308,23 @@ class ActorConfig(Section):
     """fake engine: seconds that one token takes (all completions at once), asleep."""
 
 
+class AutoscaleConfig(Section):
+    enabled: bool = False
+    """The launcher changes the number of actors by the measured waiting of both sides."""
+    min_actors: Positive = 1
+    max_actors: Positive = 8
+    window_steps: Positive = 4
+    """Steps that are looked at together; also the least between two changes."""
+    patience: Positive = 2
+    """Windows in a row, one for each step, that must ask for the same."""
+
+    @model_validator(mode="after")
+    def _limits(self) -> AutoscaleConfig:
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"min_actors: found {self.min_actors}, allowed: at most max_actors = {self.max_actors}")
+        return self
+
+
 class WeightsConfig(Section):
     kv: Literal["keep", "recompute"] = "keep"
     """What running completions do with their keys and values at an update."""

@@ -378,3 +378,19 @@ def test_run_without_actors_gets_them_by_scaling(recipe: Path, tmp_path: Path) -
         assert command.wait(120) == 0, command.output()
         assert command.left_running() == []
     assert_trained_once_each(run, 4)
+
+
+def test_autoscaling_brings_an_actor_to_a_learner_that_waits(recipe: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "cli")
+    half = max(os.cpu_count() or 1, 2) / 2
+    autoscale = {"enabled": "true", "max_actors": 2, "window_steps": 2, "patience": 1}
+    changed = {f"autoscale.{key}": value for key, value in autoscale.items()} | {"actor.cpus": half}
+    settings = [f"{key}={value}" for key, value in (changed | {"actor.fake_token_s": 0.1, "steps": 30}).items()]
+    arguments = ["train", str(recipe), "--runs", str(tmp_path)]
+    with Command([*arguments, *(part for text in settings for part in ("--set", text))], tmp_path / "log") as command:
+        command.until(lambda: members(run).get("actor-1") == "serving", "a second actor", 120)
+        said = [line for line in command.output().splitlines() if "autoscale" in line]
+        assert len(said) == 1
+        assert "1 -> 2 actors (autoscale: in 2 steps the learner waited" in said[0]
+        command.process.send_signal(signal.SIGINT)
+        assert command.wait(60) in (0, 3)

@@ -160,6 +160,12 @@ def test_intake_loads_no_torch():
     assert not loaded & (HEAVY | {"actor", "deploy"})
 
 
+def test_launcher_loads_ray_only_when_it_starts_or_joins_one():
+    """Ray reads its token's place when it is loaded: loaded before that is said, it starts without a token."""
+    loaded = modules_loaded_by("deploy.cli", "deploy.launch", "deploy.site", "deploy.crew", "deploy.desk")
+    assert "ray" not in loaded
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_package_itself_loads_nothing(package):
     assert not modules_loaded_by(package) & (HEAVY | {"zmq", "pydantic", "numpy"})

@@ -64,6 +64,8 @@ class Peer:
     last_seen: float
     connected_at: float
     beat: Heartbeat | None = None
+    beat_at: float = 0.0
+    """When it came; before the first: when the connection was made."""
     drain: Drain | None = None
     """What it was told when it was sent home."""
     drained_at: float = 0.0
@@ -97,6 +99,8 @@ class ActorTotals:
     generated_tokens: int = 0
     busy_s: float = 0.0
     """Seconds in which an engine had requests, over all actors."""
+    serving_s: float = 0.0
+    """Seconds in which an actor served a version, over all actors."""
     failures: list[str] = field(default_factory=list)
     """Errors that actors reported, newest last; emptied when a group arrives."""
 
@@ -296,7 +300,7 @@ class IntakeServer(threading.Thread):
                 self._replaced.add((hello.actor, before))
                 log.warning("%s is back as incarnation %s; %d leases go back", hello.actor, hello.incarnation, lost)
         self.known.incarnations[hello.actor] = hello.incarnation
-        peer = Peer(peer_id, hello, now, now)
+        peer = Peer(peer_id, hello, now, now, beat_at=now)
         for other in [other for other in self.peers.values() if other.name == hello.actor]:
             del self.peers[other.id]
             if other.hello.incarnation == hello.incarnation:  # who was sent home stays sent home
@@ -307,7 +311,9 @@ class IntakeServer(threading.Thread):
         self._compare(peer_id, hello.actor, hello, now)
 
     def _heartbeat(self, peer: Peer, beat: Heartbeat, now: float) -> None:
-        peer.beat = beat
+        if peer.version:
+            self.totals.serving_s += now - peer.beat_at
+        peer.beat, peer.beat_at = beat, now
         self.hub.send(peer.id, Beat(self.hub.shelf.version))
         self._compare(peer.id, peer.name, beat, now)
         if beat.swaps > self._swaps.get(peer.hello.incarnation, 0):
