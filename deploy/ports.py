@@ -87,6 +87,10 @@ PORTS: tuple[Port, ...] = (
          "people through a tunnel; KubeRay's operator and its submitter", "head", "--dashboard-port"),
     _ray("client", 10001, "head", "the Ray client server, which Ray always starts", "nobody", "closed",
          "--ray-client-server-port"),
+    Port("monitor-metrics", 44217, 44217, "head", "metrics of Ray's autoscaler", "a Prometheus, if there is one",
+         "closed", "`AUTOSCALER_METRIC_PORT` in the environment", head_only=True),
+    Port("board-metrics", 44227, 44227, "head", "metrics of Ray's dashboard", "a Prometheus, if there is one",
+         "closed", "`DASHBOARD_METRIC_PORT` in the environment", head_only=True),
 )  # fmt: skip
 
 
