@@ -297,8 +297,9 @@ def load_model(path: Path, config: ModelConfig, learner: LearnerConfig, ranks: R
     """Load a causal language model for training and check that packing means what the model means; divide it over the
     ranks, where there are several. (Each of them reads it whole into its host memory for a moment.)
 
-    Sets torch's CPU threads to `learner.threads` (0: left alone, divided among several ranks). Raises ValueError, naming `model.path`, for a
-    directory without a causal language model, for missing weights and for a model that `self_check` refuses.
+    Sets torch's CPU threads to `learner.threads` (0: left alone; of several ranks each takes its part of the cores).
+    Raises ValueError, naming `model.path`, for a directory without a causal language model, for missing weights and for
+    a model that `self_check` refuses; naming `learner.processes`, for one that cannot be divided.
     """
     if learner.threads or not ranks.alone:
         share_cores(learner, shared=False, processes=ranks.size)

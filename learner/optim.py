@@ -66,8 +66,8 @@ class Optimizer:
             group["lr"] = lr
 
     def clip(self, max_grad_norm: float) -> float:
-        """Scale the gradients to at most `max_grad_norm` (L2 over all, on all ranks). Returns the norm before, which may
-        be inf."""
+        """Scale the gradients to at most `max_grad_norm` (L2 over all parameters, and all ranks). Returns the norm
+        before, which may be inf."""
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = whole_of(torch.nn.utils.get_total_norm(gradients, foreach=True))
         torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), max_grad_norm, norm, foreach=True)

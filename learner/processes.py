@@ -23,8 +23,8 @@ from pathlib import Path
 from protocol.errors import RecipeError
 
 PR_SET_PDEATHSIG = 1
-END_S = 20.0
-"""Longest that the other ranks may take to end after rank 0 said so; then they are killed."""
+END_S, END_AFTER_ERROR_S = 20.0, 3.0
+"""Longest that the other ranks may take to end when rank 0 ends; then they are killed."""
 LOST_S = 2.0
 """Longest wait for the exit code of a process whose connection has just broken."""
 
@@ -78,10 +78,13 @@ def started(size: int, command: list[str]) -> Iterator[Place]:
             for rank in range(1, size):
                 options = ["--rank", str(rank), "--size", str(size), "--store", str(store)]
                 options += ["--parent", str(os.getpid())]
-                others.append(subprocess.Popen([*command, *options], stdin=subprocess.DEVNULL))
+                # A process group of its own: Ctrl-C is rank 0's to hear.
+                others.append(subprocess.Popen([*command, *options], stdin=subprocess.DEVNULL, process_group=0))
             yield Place(0, size, store, lambda: _ended(others))
-        finally:
-            _end(others)
+        except BaseException:
+            _end(others, END_AFTER_ERROR_S)
+            raise
+        _end(others, END_S)
 
 
 def _ended(others: list[subprocess.Popen[bytes]]) -> str:
@@ -89,8 +92,8 @@ def _ended(others: list[subprocess.Popen[bytes]]) -> str:
     return ", ".join(f"rank {rank} has ended with {code}" for rank, code in codes.items() if code is not None)
 
 
-def _end(others: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + END_S
+def _end(others: list[subprocess.Popen[bytes]], patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
     for process in others:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))

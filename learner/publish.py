@@ -97,9 +97,7 @@ def flatten(state: dict[str, torch.Tensor]) -> tuple[tuple[TensorSpec, ...], tor
     return specs, buffer
 
 
-def fill(
-    specs: tuple[TensorSpec, ...], buffer: torch.Tensor, tensors: Iterable[tuple[str, torch.Tensor]]
-) -> None:
+def fill(specs: tuple[TensorSpec, ...], buffer: torch.Tensor, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Copy named tensors, in the order of the specs, to their places in a flat uint8 buffer, rounded to the types that
     the specs name."""
     for spec, (name, tensor) in zip(specs, tensors, strict=True):

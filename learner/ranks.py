@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from learner.processes import Place, RankLost, check_machine
+from learner.processes import LOST_S, Place, RankLost, check_machine
 from protocol.errors import RecipeError
 
 log = logging.getLogger(__name__)
@@ -155,8 +154,15 @@ class Ranks:
         except RuntimeError as error:
             if self.alone or isinstance(error, RankLost) or not _of_network(error):
                 raise
-            why = self._ended() or f"another rank is gone, or did not answer in time ({str(error).splitlines()[0]})"
+            why = self._who_ended() or f"another rank is gone, or did not answer in time ({str(error).splitlines()[0]})"
             raise RankLost(f"rank {self.rank} of {self.size}, waiting for {what}: {why}") from error
+
+    def _who_ended(self) -> str:
+        """As `ended` says, which may take a moment after a connection has broken."""
+        deadline = time.monotonic() + LOST_S
+        while not (lost := self._ended()) and time.monotonic() < deadline:
+            time.sleep(LOST_S / 20)
+        return lost
 
     # --- shares and sums ---
 
@@ -282,7 +288,8 @@ def pick_device(name: str) -> torch.device:
 
 def _bytes(tensor: Tensor) -> Tensor:
     """A tensor's bytes, flat; a view of a contiguous one."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))  # of one element or none any stride is contiguous
+    return flat.view(torch.uint8)
 
 
 def _tensors(listed: Sequence[Any], body: Tensor) -> dict[str, Tensor]:

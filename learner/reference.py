@@ -1,6 +1,6 @@
 """The reference policy: the weights that KL and DPO hold on to, frozen at one moment and kept in the run directory.
 
-Called by `trainer.py`. One copy of the model in `model.dtype`, in memory (of several ranks each has a part) and on disk.
+Called by `trainer.py`. One copy of the model in `model.dtype`, on disk and in memory (divided over the ranks).
 """
 
 from __future__ import annotations

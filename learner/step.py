@@ -85,8 +85,9 @@ def with_reference(
     split: bool = True,
     ranks: Ranks = ALONE,
 ) -> list[Row]:
-    """The rows with the logprobs of the reference (`PolicyModel.frozen_copy`) in every sample that has tokens. All ranks
-    call it with the same rows."""
+    """The rows with the logprobs of the reference (`PolicyModel.frozen_copy`) in every sample that has tokens.
+
+    All ranks call it with the same rows."""
     trainable = [replace(row, samples=tuple(s for s in row.samples if s.num_tokens)) for row in rows]
     plan = _plan([row for row in trainable if row.samples], recipe, split)
     samples = [[sample for line in lines for row in line for sample in row.samples] for lines in plan]

@@ -45,8 +45,8 @@ RESUMABLE_KEYS = (
     "steps", "token_budget", "optim.lr", "optim.schedule", "optim.min_lr_ratio", "optim.max_grad_norm",
     "checkpoint.every_steps", "checkpoint.keep", "actor.count", "actor.max_running", "actor.kv_cache_gib",
     "actor.threads", "actor.gpus", "learner.microbatch_tokens", "learner.packing", "learner.threads",
-    "learner.device", "wire.port", "eval.examples_shown", "eval.every_steps", "eval.share", "guard.policy",
-    "guard.lr_factor", "guard.max_rollbacks", "weights.chunk_mib", "weights.window", "weights.parity",
+    "learner.device", "learner.processes", "wire.port", "eval.examples_shown", "eval.every_steps", "eval.share",
+    "guard.policy", "guard.lr_factor", "guard.max_rollbacks", "weights.chunk_mib", "weights.window", "weights.parity",
     "weights.parity_every", "weights.parity_nats", "weights.anchor_every",
 )  # fmt: skip
 """Keys that `--resume` may change: none of them alters what the finished steps meant."""
