@@ -5,8 +5,8 @@ actors' engines or graders cannot work; 5 the guard ended it; 1 anything else. T
 it was killed.
 
 With `learner.processes` = K this process is rank 0 and starts the K - 1 others itself, so signals and exit codes are
-its own. `torchrun --nproc-per-node=K -m learner --run DIR --model DIR` does without the key: then torchrun has started
-them, turns every exit code but 0 into 1, and opens ports of its own on all interfaces.
+its own. `torchrun --nproc-per-node=K -m learner --run-dir DIR --model DIR` does without the key: then torchrun has
+started them, turns every exit code but 0 into 1, and opens ports of its own on all interfaces.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from protocol.rundir import RunDir, read_json, write_json
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m learner", description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="run directory with recipe.toml")
+    parser.add_argument(  # torchrun takes --run for one of its own, although it stands behind the module
+        "--run", "--run-dir", dest="run", type=Path, required=True, help="run directory with recipe.toml"
+    )
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the model to train")
     parser.add_argument("--parent", type=int, default=0, help="process id of the launcher: end when it ends")
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -103,7 +105,8 @@ def _ranks(recipe: Recipe, run: RunDir, model: Path, place: Place | None) -> Ite
     """This process's place, and the other ranks started, unless torchrun has done so."""
     wanted = recipe.learner.processes
     if place is None:
-        with started(wanted, [sys.executable, "-m", "learner", "--run", str(run.path), "--model", str(model)]) as own:
+        command = [sys.executable, "-m", "learner", "--run", str(run.path), "--model", str(model)]
+        with started(wanted, command, run.ranks) as own:
             yield own
     elif wanted not in (1, place.size):
         raise RecipeError(f"learner.processes: found {wanted}, allowed: {place.size}, as torchrun has started, or 1")

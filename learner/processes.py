@@ -1,9 +1,9 @@
 """Starts the learner's other processes, one for each of its GPUs, or finds out that torchrun has.
 
 `python -m learner` of a recipe with `learner.processes` = K is rank 0, and starts ranks 1 to K - 1 as its children;
-so its signals and its exit code are those of the learner, however many processes it has. They meet in a file of a
-private directory: nothing listens beyond loopback, as torchrun's rendezvous would. Called by `__main__.py`, before
-torch is loaded.
+so its signals and its exit code are those of the learner, however many processes it has. They meet in a file of the
+run's directory: nothing listens beyond loopback, as torchrun's rendezvous would. Called by `__main__.py`, before torch
+is loaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,25 +65,27 @@ def check_machine() -> None:
 
 
 @contextmanager
-def started(size: int, command: list[str]) -> Iterator[Place]:
-    """Ranks 1 to `size` - 1, each `command` with options of its own; they have ended when the context is left."""
+def started(size: int, command: list[str], store: Path) -> Iterator[Place]:
+    """Ranks 1 to `size` - 1, each `command` with options of its own; they have ended when the context is left.
+
+    They meet in the file `store`, which is made anew: nobody else may use it."""
     if size == 1:
         yield Place()
         return
-    with tempfile.TemporaryDirectory(prefix="tandem-ranks-") as directory:
-        store = Path(directory, "store")
-        others: list[subprocess.Popen[bytes]] = []
-        try:
-            for rank in range(1, size):
-                options = ["--rank", str(rank), "--size", str(size), "--store", str(store)]
-                options += ["--parent", str(os.getpid())]
-                # A process group of its own: Ctrl-C is rank 0's to hear.
-                others.append(subprocess.Popen([*command, *options], stdin=subprocess.DEVNULL, process_group=0))
-            yield Place(0, size, store, lambda: _ended(others))
-        except BaseException:
-            _end(others, END_AFTER_ERROR_S)
-            raise
+    store.unlink(missing_ok=True)  # a killed learner has left it
+    others: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(1, size):
+            options = ["--rank", str(rank), "--size", str(size), "--store", str(store), "--parent", str(os.getpid())]
+            # A process group of its own: Ctrl-C is rank 0's to hear.
+            others.append(subprocess.Popen([*command, *options], stdin=subprocess.DEVNULL, process_group=0))
+        yield Place(0, size, store, lambda: _ended(others))
+    except BaseException:
+        _end(others, END_AFTER_ERROR_S)
+        raise
+    finally:
         _end(others, END_S)
+        store.unlink(missing_ok=True)
 
 
 def _ended(others: list[subprocess.Popen[bytes]]) -> str:
