@@ -20,9 +20,13 @@ def write_recipe(recipe: Recipe, run: RunDir) -> None:
 
 
 @contextmanager
-def two_ranks(recipe: Recipe, run: RunDir, model: Path) -> Iterator[Ranks]:
-    """Within: rank 1 runs, and waits for orders as soon as it has loaded the model."""
+def two_ranks(recipe: Recipe, run: RunDir, model: Path, prelude: str = "") -> Iterator[Ranks]:
+    """Within: rank 1 runs, and waits for orders as soon as it has loaded the model.
+
+    `prelude`: Python that it executes first."""
     write_recipe(recipe, run)
-    command = [sys.executable, "-m", "learner", "--run", str(run.path), "--model", str(model)]
+    start = ["-c", f"{prelude}\nimport sys\nfrom learner.__main__ import main\nsys.exit(main())"]
+    command = [sys.executable, *(start if prelude else ["-m", "learner"])]
+    command += ["--run", str(run.path), "--model", str(model)]
     with started(2, command, run.ranks) as place, joined(place, "cpu") as ranks:
         yield ranks
