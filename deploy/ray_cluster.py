@@ -40,29 +40,49 @@ class GpuShares:
 
 
 def share_gpus(recipe: Recipe, visible: list[str]) -> GpuShares:
-    """Divide this machine's GPUs: the learner gets the last one of several, all share the only one.
+    """Divide this machine's GPUs: the learner gets the last ones of several, as many as it has processes; all share the
+    only one.
 
     With `actor.gpus` = 0 the actors divide theirs evenly, a whole one each where there are enough; half of an only one
     stays with the learner. Raises RecipeError if the recipe asks for what is not there.
     """
     count, asked = max(1, recipe.actor.count), recipe.actor.gpus
-    on_gpu = recipe.learner.device != "cpu"
+    on_gpu, processes = recipe.learner.device != "cpu", recipe.learner.processes
+    _check_processes(recipe, len(visible))
     if not visible or recipe.actor.engine == "fake":
         actors: list[str] = []
         each = 0.0
     elif len(visible) == 1:
         actors, each = visible, (0.5 if on_gpu else 1.0) / count
     else:
-        actors = visible[:-1] if on_gpu else visible
+        actors = (visible[:-processes] or visible[:1]) if on_gpu else visible
         each = 1.0 / -(-count // len(actors))  # Ray gives no actor parts of two GPUs
     if asked > 1 and asked != int(asked):
         raise RecipeError(f"actor.gpus: found {asked:g}, allowed: up to 1, or a whole number of GPUs")
     if asked and recipe.actor.count and not _fits(asked, count, len(actors)):
         raise RecipeError(
             f"actor.gpus: found {asked:g} for each of {count} actors, allowed here: what fits {len(actors)} GPUs"
-            f"{' beside the one of the learner' if on_gpu and len(visible) > 1 else ''} (0 divides what there is)"
+            f"{' beside those of the learner' if on_gpu and len(visible) > 1 else ''} (0 divides what there is)"
         )
-    return GpuShares(actors, visible[-1:] if on_gpu else [], asked or each)
+    return GpuShares(actors, visible[-processes:] if on_gpu else [], asked or each)
+
+
+def _check_processes(recipe: Recipe, gpus: int) -> None:
+    """Raise RecipeError for several learner processes without a GPU for each, or none left for actors that want one."""
+    processes = recipe.learner.processes
+    if processes == 1 or recipe.learner.device == "cpu":
+        return
+    if not gpus:
+        raise RecipeError(
+            f"learner.processes: found {processes}, allowed here: 1, since no GPU is visible (with learner.device ="
+            ' "cpu" also more, for tests)'
+        )
+    beside = 1 if recipe.needs_actors and recipe.actor.engine != "fake" else 0
+    if processes > gpus - beside:
+        raise RecipeError(
+            f"learner.processes: found {processes}, allowed here: at most {max(1, gpus - beside)} of {gpus} GPUs"
+            f"{', one of which the actors want' if beside else ''}"
+        )
 
 
 def _fits(share: float, count: int, gpus: int) -> bool:

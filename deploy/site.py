@@ -15,6 +15,7 @@ from deploy.preflight import gpu_count
 from deploy.ray_cluster import ray_runtime, share_gpus, visible_gpus
 from protocol.addresses import AUTO, is_loopback
 from protocol.config import Recipe
+from protocol.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,17 @@ def with_actor_gpus(recipe: Recipe, each: float) -> Recipe:
 
 
 def cluster_shares(recipe: Recipe, nodes: Sequence[Node]) -> tuple[float, float]:
-    """GPUs that the learner asks of its node, and each actor of any.
+    """GPUs that the learner asks of its node, and each actor of any. Raises RecipeError if the node has too few.
 
-    The learner has one of its own if its node has any, half of it if that is the cluster's only one; an actor has
-    `actor.gpus`, or else a whole one, or an equal part of what the learner leaves of the only one."""
+    The learner has one for each of its processes if its node has any, half of one if that is the cluster's only one;
+    an actor has `actor.gpus`, or else a whole one, or an equal part of what the learner leaves of the only one."""
     total, here = sum(node.gpus for node in nodes), sum(node.gpus for node in nodes if node.here)
-    learner = 0.0 if recipe.learner.device == "cpu" or here < 1 else 0.5 if total == 1 else 1.0
+    processes = recipe.learner.processes
+    if recipe.learner.device != "cpu" and (here or processes > 1) and processes > here:
+        raise RecipeError(
+            f"learner.processes: found {processes}, allowed here: at most {max(1, int(here))}, the GPUs of this node"
+        )
+    learner = 0.0 if recipe.learner.device == "cpu" or here < 1 else 0.5 if total == 1 else float(processes)
     if recipe.actor.engine == "fake" or not total:
         return learner, recipe.actor.gpus
     only = (total - learner) / max(1, recipe.actor.count)

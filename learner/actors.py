@@ -21,7 +21,6 @@ from learner.intake.scaling import ScaleWatch
 from learner.intake.server import ActorsSeen, IntakeServer
 from learner.intake.source import Source, WaitReporter
 from learner.methods.grpo import equal_rewards
-from learner.model import PolicyModel
 from learner.outcome import EXIT_FAILED, exit_code
 from learner.publish import Publisher, Versions
 from protocol.codec import Limits
@@ -96,9 +95,6 @@ class Actors:
         self.server.offsets = {index: offsets[index] for index in kept if dispatcher.holds(index)}
         self.server.known = ActorsSeen(**checkpoint["run"]["earlier"].get("seen", {}))
         log.info("%d groups of unfinished tickets come from the journal", len(kept))
-
-    def publish(self, model: PolicyModel, step: int, branch: int) -> int:
-        return self.publisher.publish(model, step, branch)
 
     def tickets(self) -> tuple[dict[str, Any], int]:
         """For a checkpoint: the dispatcher's state, and from where on the journal has what belongs to it."""

@@ -7,7 +7,10 @@ temporary name, synced, then renamed, so a directory of the final name is comple
 then `load` says so. No pickle. Training draws no random numbers (dropout is off, orders depend on seeds), so weights,
 moments and the loop's state are all that a run consists of.
 
-Called by the loop between steps. Knows nothing of what the loop's state means.
+The files hold whole tensors, however many ranks the learner has: rank 0 writes them, and every rank takes its parts out
+of them, so that a run may go on with another number of ranks.
+
+Called by the loop (through `trainer.py`) between steps. Knows nothing of what the loop's state means.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import torch
 
 from learner.model import PolicyModel
 from learner.optim import Optimizer
+from learner.sharding import gather, local, part_of
 from learner.tensor_files import describe, read_tensors, write_tensors
 
 FORMAT = 1
@@ -53,8 +57,9 @@ def save(
     final = directory / (f"step-{step:08d}" + (f"-b{branch}" if branch else ""))
     temporary = directory / f".{final.name}"
     temporary.mkdir()
-    write_tensors(dict(model.named_parameters()), temporary / WEIGHTS)
-    write_tensors(optimizer.state_tensors(), temporary / MOMENTS)
+    weights, moments = _tensors(model, optimizer)
+    write_tensors(weights, temporary / WEIGHTS)
+    write_tensors(moments, temporary / MOMENTS)
     files = {name: describe(temporary / name) for name in (WEIGHTS, MOMENTS)}
     header = {"format": FORMAT, "step": step, "good": good, "files": files, "state": state}
     (temporary / STATE).write_text(json.dumps(header, indent=1))
@@ -76,6 +81,17 @@ def save(
             old.rename(directory / f".old-{old.name}")
     _clean_up(directory)
     return final
+
+
+def take_part(model: PolicyModel, optimizer: Optimizer) -> None:
+    """Every rank but 0, while that one is in `save`."""
+    for tensors in _tensors(model, optimizer):
+        gather(tensors.values())
+
+
+def _tensors(model: PolicyModel, optimizer: Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What is written of weights and optimizer, in this order."""
+    return dict(model.named_parameters()), optimizer.state_tensors()
 
 
 def newest_good(directory: Path, at_most: int | None = None) -> Path | None:
@@ -124,7 +140,7 @@ def load(path: Path, model: PolicyModel, optimizer: Optimizer) -> dict[str, Any]
     optimizer.load_state_tensors(tensors[MOMENTS])
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            local(parameter).copy_(local(part_of(weights[name], parameter)))
     return header["state"]
 
 

@@ -1,6 +1,8 @@
 """The learner: batches in, gradient steps, new weights out. `Learner._training` is the loop; the rest prepares it.
 
-    batch = feed.batch(step)  ->  train_step  ->  publish  ->  commit  ->  guard, evaluation, checkpoint, log
+    batch = feed.batch(step)  ->  train  ->  publish  ->  commit  ->  guard, evaluation, checkpoint, log
+
+It runs on rank 0 of the learner's processes; what the others do with it is in `trainer.py`.
 
 Evaluations before and after each measure one version with training idle. SIGTERM or SIGINT (through `StopFlag`) ends
 the loop after the step in hand, with a checkpoint. What the guard finds may end it, too, or send it back to the last
@@ -19,7 +21,6 @@ from typing import Any
 
 import learner.checkpoint as checkpoint
 from learner.actors import Actors, bind, welcome
-from learner.batch import Row
 from learner.evaluations import Evaluations
 from learner.feed import DpoFeed, Feed, RolloutFeed, SftFeed
 from learner.intake.data import Task, load_task
@@ -28,15 +29,14 @@ from learner.methods import sft
 from learner.methods.epochs import Epochs
 from learner.methods.guard import Guard, Verdict
 from learner.metrics import MetricsLog, Status
-from learner.model import load_model, share_cores
-from learner.optim import Optimizer, lr_at
+from learner.optim import lr_at
 from learner.outcome import GuardStop
 from learner.parity import ParityGate
 from learner.publish import Versions
-from learner.reference import Reference
+from learner.ranks import ALONE, Ranks
 from learner.state import RunState
-from learner.step import train_step, with_reference
 from learner.summary import process_totals, run_summary
+from learner.trainer import Trainer
 from protocol.config import ROLLOUT_METHODS, Recipe
 from protocol.errors import DeadlineExceeded, EngineFailed, RecipeError
 from protocol.messages import Sampling, Ticket, TicketId
@@ -55,7 +55,9 @@ BRANCH_SEEDS = 1 << 52
 class Learner:
     """One run of the learner process."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, model_path: Path, should_stop: StopFlag) -> None:
+    def __init__(
+        self, recipe: Recipe, run: RunDir, model_path: Path, should_stop: StopFlag, ranks: Ranks = ALONE
+    ) -> None:
         """Load data, model and the last checkpoint, if there is one. Raises RecipeError, ValueError, OSError."""
         from transformers import AutoTokenizer
 
@@ -65,12 +67,10 @@ class Learner:
         self.status.set("loading the model")
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
         self.task: Task = load_task(recipe, self.tokenizer)
-        self.model = load_model(model_path, recipe.model, recipe.learner)
-        self.optimizer = Optimizer(self.model, recipe.optim)
+        self.trainer = Trainer(recipe, run, model_path, ranks)
         self.versions = Versions(run.versions)
         self.guard = Guard(recipe.guard)
-        self.reference = Reference(self.model, run.reference)
-        self.parity = ParityGate(self.model, recipe.weights)
+        self.parity = ParityGate(self.trainer, recipe.weights)
         self.state = RunState()
         self.restored: dict[str, Any] | None = None
         self._restore()
@@ -84,7 +84,7 @@ class Learner:
         if latest is None:
             self.state.prompt_fingerprint = self.task.fingerprint()
             return
-        self.restored = checkpoint.load(latest, self.model, self.optimizer)
+        self.restored = self.trainer.load(latest)
         self.state.take_up(self.restored["run"])
         self.guard.restore(self.state.guard)
         if 0 < self.recipe.steps < self.state.step:
@@ -116,7 +116,7 @@ class Learner:
         if not self.state.ready:
             self._prologue(version)
         if self._wants_reference:
-            self.reference.load(self.state.reference)
+            self.trainer.load_reference(self.state.reference)
         ended_by_guard: GuardStop | None = None
         try:
             self._training()
@@ -124,7 +124,7 @@ class Learner:
             ended_by_guard = stop
         self._evaluate("after", self._publish_finished())
         self.status.set("exporting the model")
-        self.model.export(self.run.model, self.tokenizer)
+        self.trainer.export(self.run.model, self.tokenizer)
         if ended_by_guard:
             self._write_summary()
             raise ended_by_guard
@@ -137,7 +137,7 @@ class Learner:
             hub = bind(recipe, self.run)
             self.actors = Actors(
                 recipe, self.run, hub, welcome(recipe, self.run, self.model_path, hub), self.versions,
-                self.model.vocabulary, self._ticket, self.status.waiting, self.should_stop,
+                self.trainer.model.vocabulary, self._ticket, self._waiting, self.should_stop,
             )  # fmt: skip
             if self.restored is not None:
                 self.actors.restore(self.restored)
@@ -158,14 +158,20 @@ class Learner:
         if self.recipe.method == "sft":
             return SftFeed(self.recipe, self.task)
         if self.recipe.method == "dpo":
-            return DpoFeed(self.recipe, self.task, lambda rows: self._with_reference(rows, split=False))
+            return DpoFeed(self.recipe, self.task, lambda rows: self.trainer.with_reference(rows, split=False))
         assert self.actors is not None
         return RolloutFeed(
-            self.recipe, self.actors.source, self.versions.step_of, self._with_reference, self._take_timeout()
+            self.recipe, self.actors.source, self.versions.step_of, self.trainer.with_reference, self._take_timeout()
         )
 
-    def _with_reference(self, rows: list[Row], split: bool = True) -> list[Row]:
-        return with_reference(self.model, self.reference.weights, rows, self.recipe, split)
+    @property
+    def _on_cpu(self) -> bool:
+        return self.trainer.model.device.type == "cpu"
+
+    def _waiting(self, what: str, seconds: float) -> None:
+        """Called about twice a second during waits."""
+        self.status.waiting(what, seconds)
+        self.trainer.ranks.still_waiting(what)
 
     def _ticket(self, ticket_id: TicketId) -> Ticket:
         """The train ticket of an id; depends on the recipe alone."""
@@ -196,14 +202,14 @@ class Learner:
         """
         if self.recipe.warm_start.examples:
             assert self.actors is not None
-            if self.model.device.type != "cpu":
+            if not self._on_cpu:
                 self.actors.source.wait_for_actor(version, self.recipe.actor.start_timeout_s)
             self._warm_start()
         self._evaluate("before", version)
         if self.recipe.warm_start.examples:
             self._evaluate("after_warm_start", self._publish())
         if self._wants_reference:
-            self.state.reference = self.reference.keep()
+            self.state.reference = self.trainer.keep_reference()
         self.state.ready = True
         self._checkpoint()
 
@@ -220,9 +226,9 @@ class Learner:
         for number in range(batches.steps):
             self._check_interrupt("the warm start")
             batch = sft.make_batch(batches[number], number)
-            figures = train_step(self.model, self.optimizer, batch, self.recipe, warm.lr)
+            figures = self.trainer.train(batch, warm.lr)
             self.status.set(warm_start_batch=number + 1, warm_start_batches=batches.steps, loss=figures["loss"])
-        self.optimizer = Optimizer(self.model, self.recipe.optim)
+        self.trainer.restart_optimizer()
 
     def _check_interrupt(self, where: str) -> None:
         """Raise what a wait would raise now, though there is nothing to wait for."""
@@ -236,14 +242,14 @@ class Learner:
     def _training(self) -> None:
         source = self.actors.source if self.actors else None
         rolls_out = self.recipe.method in ROLLOUT_METHODS
-        if source and (rolls_out or self.model.device.type != "cpu"):
+        if source and (rolls_out or not self._on_cpu):
             source.wait_for_actor(1, self.recipe.actor.start_timeout_s)
         if source and rolls_out:
             source.wait_for_probe(PROBE_TIMEOUT_S)
             self._compare_engines()
             source.resume_training()
         overlaps = self.recipe.rollout.max_lag > 0 if rolls_out else self.recipe.eval.every_steps > 0
-        share_cores(self.recipe.learner, shared=bool(source) and self.model.device.type == "cpu" and overlaps)
+        self.trainer.share_cores(shared=bool(source) and self._on_cpu and overlaps)
         self.status.set("training", step=self.state.step)
         recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
         marked = time.monotonic()
@@ -300,7 +306,7 @@ class Learner:
         waited = source.waited_s if source else 0.0
         batch = self.feed.batch(step)
         train_began = time.monotonic()
-        figures = train_step(self.model, self.optimizer, batch, self.recipe, self._lr(step))
+        figures = self.trainer.train(batch, self._lr(step))
         train_s = time.monotonic() - train_began
         self.state.step = step + 1
         if source and self.recipe.method in ROLLOUT_METHODS:
@@ -403,7 +409,7 @@ class Learner:
         """
         path = checkpoint.newest_good(self.run.checkpoints, self._sound_step)
         assert path is not None, "the prologue writes one"
-        restored = checkpoint.load(path, self.model, self.optimizer)
+        restored = self.trainer.load(path)
         self.state.go_back(restored["run"])
         branch = self.state.branch
         self.state.rollbacks += rollbacks
@@ -432,7 +438,7 @@ class Learner:
 
     def _publish(self) -> int:
         assert self.actors is not None
-        return self.actors.publish(self.model, self.state.step, self.state.branch)
+        return self.trainer.publish(self.actors.publisher, self.state.step, self.state.branch)
 
     def _current_version(self) -> int:
         """A version with the weights of this moment: the step's own, or one made for an evaluation."""
@@ -464,13 +470,11 @@ class Learner:
         self.state.guard = self.guard.state()
         tickets, replay_offset = self.actors.tickets() if self.actors else ({}, 0)
         state = self.state.as_json() | {"earlier": process_totals(self.state, self.actors)}
-        checkpoint.save(
+        self.trainer.save(
             self.run.checkpoints,
             self.state.step,
-            self.model,
-            self.optimizer,
             {"run": state, "tickets": tickets, "replay_offset": replay_offset},
-            self.recipe.checkpoint.keep,
+            keep=self.recipe.checkpoint.keep,
             good=self.recipe.guard.policy == "off" or not self.guard.suspicious,
             branch=self.state.branch,
             sound_step=self._sound_step if self._may_go_back else None,

@@ -5,16 +5,19 @@ to `model.dtype` once for each optimizer update (gradients pass through to the m
 an engine that serves this version look at the same bits. Casting once is also cheaper than autocast, which would cast
 for every microbatch and keep norms, embeddings and the residual stream in fp32.
 
+With several ranks each holds a part of every master weight (`sharding.py`), and whatever computes, or looks at whole
+tensors, is called by all of them at once.
+
 Only response positions go through the vocabulary head, in chunks. Knows no loss, no optimizer and no step; called by
-`step.py`, `publish.py`, `evaluate.py` and `checkpoint.py`. This is the only module of the learner that imports
+`step.py`, `trainer.py`, `publish.py` and `checkpoint.py`. This is the only module of the learner that imports
 transformers.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from learner import sharding
 from learner.batch import PackedBatch, Row, Sample, pack_lines
+from learner.ranks import ALONE, Ranks, pick_device
 from learner.tensor_files import write_tensors
 from protocol.sections import LearnerConfig, ModelConfig
 
@@ -54,10 +59,16 @@ class LogprobOutput:
 class PolicyModel:
     """A causal language model with fp32 master weights. See the module's docstring."""
 
-    def __init__(self, network: PreTrainedModel, config: ModelConfig, learner: LearnerConfig) -> None:
+    def __init__(
+        self, network: PreTrainedModel, config: ModelConfig, learner: LearnerConfig, on_host: bool = False
+    ) -> None:
+        """`on_host`: stay on the CPU, to be brought to the ranks' devices by `shard`."""
         self.network = network.to(torch.float32).eval()  # always eval: dropout would make old and new logprobs differ
-        self.device = pick_device(learner.device)
+        self.device = CPU if on_host else pick_device(learner.device)
         self.network.to(self.device)
+        self._whole: sharding.Whole | None = None
+        self._published_names: list[str] = []
+        """Of a sharded model, in order."""
         self.publish_dtype: torch.dtype = getattr(torch, config.dtype)
         self.compute_dtype = pick_compute_dtype(self.publish_dtype, self.device)
         self.attention = config.attention
@@ -74,6 +85,30 @@ class PolicyModel:
         """Master weights (float32), tied ones once."""
         return self.network.named_parameters()
 
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds a part of every tensor only."""
+        return self._whole is not None
+
+    def shard(self, ranks: Ranks) -> None:
+        """Divide the weights over the ranks and bring them to their devices.
+
+        Raises ValueError for a model whose tensors have other names on disk than in memory, or are others."""
+        named, live = self.network.state_dict(), self.live_state()
+        if any(name not in named or named[name].data_ptr() != tensor.data_ptr() for name, tensor in live.items()):
+            raise ValueError(
+                f"learner.processes: found {ranks.size}, allowed: 1 for a model of type"
+                f" {self.network.config.model_type!r}, whose tensors are converted when they are published"
+            )
+        self._published_names = list(live)
+        self.device = ranks.device
+        self.compute_dtype = pick_compute_dtype(self.publish_dtype, self.device)
+        whole = sharding.Whole(self.network, self._logprobs_and_entropy)
+        kinds = set(self.network._no_split_modules or ())
+        layers = [module for module in self.network.modules() if type(module).__name__ in kinds]
+        sharding.shard(whole, layers, ranks, self.compute_dtype)
+        self._whole = whole
+
     @contextmanager
     def compute(self) -> Iterator[None]:
         """Within: the network's weights are the published ones, in the compute type; gradients go to the masters.
@@ -84,13 +119,38 @@ class PolicyModel:
         if self._computing:
             yield
             return
-        exact = self.publish_dtype == torch.float32
         self._computing = True
         try:
-            with nullcontext() if exact else swapped_parameters(self.network, self._published_value):
+            with self._published_weights():
                 yield
         finally:
             self._computing = False
+
+    @contextmanager
+    def _published_weights(self) -> Iterator[None]:
+        if self._whole is None and self.publish_dtype == torch.float32:
+            yield
+        elif self._whole is None:
+            with swapped_parameters(self.network, self._published_value):
+                yield
+        elif self.publish_dtype == self.compute_dtype:  # what FSDP gathers is rounded
+            try:
+                yield
+            finally:
+                sharding.reshard(self._whole)
+        else:
+            with self._shards_of(lambda _, part: part.to(self.publish_dtype)):
+                yield
+
+    @contextmanager
+    def _shards_of(self, value: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+        """Within, a sharded network computes with other weights: `value(name, this rank's part of the masters)`."""
+        assert self._whole is not None
+        with sharding.holding(dict(self.named_parameters()), value):
+            try:
+                yield
+            finally:
+                sharding.reshard(self._whole)
 
     def _published_value(self, master: Tensor) -> Tensor:
         return _Round.apply(master, self.publish_dtype, self.compute_dtype)
@@ -119,13 +179,28 @@ class PolicyModel:
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         if weights.keys() != set(names.values()):
             raise ValueError("the reference's weights are of another model")
-        with torch.no_grad(), swapped_parameters(self.network, lambda p: self._frozen_value(weights[names[id(p)]])):
+        if self._whole is None:
+            held = swapped_parameters(self.network, lambda p: self._frozen_value(weights[names[id(p)]]))
+        else:
+            held = self._shards_of(lambda name, _: sharding.local(weights[name]))
+        with torch.no_grad(), held:
             return self._forward(packed.to(self.device), with_entropy=False).logprobs
 
     def _frozen_value(self, weight: Tensor) -> Tensor:
         return weight.to(self.device, self.compute_dtype)
 
+    def spread(self, weights: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+        """Whole published tensors by parameter name, which rank 0 has, divided over the ranks, one after the other."""
+        found = {}
+        for name, parameter in self.named_parameters():
+            weight = weights[name] if ranks.leads else torch.empty(parameter.shape, dtype=self.publish_dtype)
+            found[name] = sharding.part_of(ranks.broadcast(weight.contiguous()), parameter)
+        return found
+
     def _forward(self, packed: PackedBatch, with_entropy: bool) -> LogprobOutput:
+        return LogprobOutput(*(self._whole or self._logprobs_and_entropy)(packed, with_entropy))
+
+    def _logprobs_and_entropy(self, packed: PackedBatch, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         attention = packed.attention
         if self.attention == "eager":  # adds its mask to the scores, so a bool mask would mean something else
             dtype = self.network.get_input_embeddings().weight.dtype
@@ -135,9 +210,10 @@ class PolicyModel:
         ).last_hidden_state
         predicting = hidden.flatten(0, 1).index_select(0, packed.predict_index)
         head = self.network.get_output_embeddings()
-        return head_logprobs(
+        output = head_logprobs(
             predicting, head.weight, getattr(head, "bias", None), packed.target_ids, packed.temperature, with_entropy
         )
+        return output.logprobs, output.entropy
 
     def published_state(self, device: torch.device = CPU) -> dict[str, Tensor]:
         """The weights of a version: name -> contiguous tensor in `model.dtype` on `device`.
@@ -147,15 +223,24 @@ class PolicyModel:
         """
         return {
             name: tensor.to(device, self.published_dtype(tensor), copy=True).contiguous()
-            for name, tensor in self.live_state().items()
+            for name, tensor in self.whole_tensors()
         }
+
+    def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of `live_state`, one after the other; those of a sharded model put together, rounded before."""
+        for name, tensor in self.live_state().items():
+            rounded = tensor.to(self.published_dtype(tensor)) if self.sharded else tensor
+            yield name, sharding.whole_of(rounded)
 
     def published_dtype(self, tensor: Tensor) -> torch.dtype:
         """The type in which one of the model's tensors is published."""
         return self.publish_dtype if tensor.is_floating_point() else tensor.dtype
 
     def live_state(self) -> dict[str, Tensor]:
-        """The tensors of `published_state` as they are: master weights, no copies."""
+        """The tensors of `published_state` as they are: master weights, no copies, of a sharded model its parts."""
+        if self.sharded:
+            named = self.network.state_dict()
+            return {name: named[name].detach() for name in self._published_names}
         tied = set(getattr(self.network, "all_tied_weights_keys", None) or ())
         state: dict[str, Tensor] = {}
         seen: set[int] = set()
@@ -208,14 +293,16 @@ class PolicyModel:
         return chosen[len(row.prompt_ids) - 1 :]
 
 
-def load_model(path: Path, config: ModelConfig, learner: LearnerConfig) -> PolicyModel:
-    """Load a causal language model for training and check that packing means what the model means.
+def load_model(path: Path, config: ModelConfig, learner: LearnerConfig, ranks: Ranks = ALONE) -> PolicyModel:
+    """Load a causal language model for training and check that packing means what the model means; divide it over the
+    ranks, where there are several. (Each of them reads it whole into its host memory for a moment.)
 
-    Sets torch's CPU threads to `learner.threads` (0: left alone). Raises ValueError, naming `model.path`, for a
-    directory without a causal language model, for missing weights and for a model that `self_check` refuses.
+    Sets torch's CPU threads to `learner.threads` (0: left alone; of several ranks each takes its part of the cores).
+    Raises ValueError, naming `model.path`, for a directory without a causal language model, for missing weights and for
+    a model that `self_check` refuses; naming `learner.processes`, for one that cannot be divided.
     """
-    if learner.threads:
-        torch.set_num_threads(learner.threads)
+    if learner.threads or not ranks.alone:
+        share_cores(learner, shared=False, processes=ranks.size)
     try:
         network, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation=config.attention, output_loading_info=True
@@ -226,17 +313,20 @@ def load_model(path: Path, config: ModelConfig, learner: LearnerConfig) -> Polic
         wrong = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
         raise ValueError(f"model.path: {path} lacks weights (or has them in another shape): {', '.join(wrong[:5])}")
     check_packable(network.config, config.max_model_len)
-    model = PolicyModel(network, config, learner)
+    model = PolicyModel(network, config, learner, on_host=not ranks.alone)
     model.self_check()
+    if not ranks.alone:
+        model.shard(ranks)
     return model
 
 
-def share_cores(learner: LearnerConfig, shared: bool) -> None:
-    """Set torch's CPU threads: `learner.threads`, or by default all cores, and half of them beside busy engines.
+def share_cores(learner: LearnerConfig, shared: bool, processes: int = 1) -> None:
+    """Set torch's CPU threads: `learner.threads`, or by default all cores, and half of them beside busy engines,
+    divided among the learner's processes.
 
     Threads that meet at barriers lose more to a shared core than a second one gains (12 % of a step on two cores).
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = max(1, len(os.sched_getaffinity(0)) // processes)
     torch.set_num_threads(learner.threads or (max(1, cores // 2) if shared else cores))
 
 
@@ -251,13 +341,6 @@ def check_packable(config: Any, max_model_len: int) -> None:
             f"model.max_model_len: found {max_model_len}, allowed: at most {window}, the sliding attention window of"
             f" this model of type {config.model_type!r} (training computes full attention)"
         )
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto": CUDA where it exists. Raises ValueError for "cuda" where it does not."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError('learner.device: found "cuda", but torch sees no GPU; allowed here: "cpu", "auto"')
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def pick_compute_dtype(publish_dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from learner.model import PolicyModel
+from learner.sharding import part_of, whole_of
 from protocol.sections import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -65,8 +66,12 @@ class Optimizer:
             group["lr"] = lr
 
     def clip(self, max_grad_norm: float) -> float:
-        """Scale the gradients to at most `max_grad_norm` (L2 over all). Returns the norm before, which may be inf."""
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_grad_norm, foreach=True))
+        """Scale the gradients to at most `max_grad_norm` (L2 over all parameters, and all ranks). Returns the norm
+        before, which may be inf."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = whole_of(torch.nn.utils.get_total_norm(gradients, foreach=True))
+        torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), max_grad_norm, norm, foreach=True)
+        return float(norm)
 
     def step(self) -> None:
         """One update from the accumulated gradients, which are dropped."""
@@ -77,7 +82,8 @@ class Optimizer:
         self._adamw.zero_grad(set_to_none=True)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The moments by parameter name, e.g. "exp_avg.model.norm.weight". Views of the live state, not copies."""
+        """The moments by parameter name, e.g. "exp_avg.model.norm.weight". Views of the live state, not copies; sharded
+        like the parameters."""
         return {
             f"{moment}.{name}": self._adamw.state[parameter][moment]
             for name, parameter in self.parameters.items()
@@ -100,7 +106,8 @@ class Optimizer:
                 raise ValueError(
                     f"optimizer state {key!r}: found shape {list(tensor.shape)}, expected {list(parameter.shape)}"
                 )
-            states.setdefault(name, {})[moment] = tensor.to(parameter.device, copy=True)
+            like = tensor if moment == "step" else parameter
+            states.setdefault(name, {})[moment] = part_of(tensor, like).to(parameter.device)
         self._adamw.state.clear()
         for name, state in states.items():
             if set(state) != set(MOMENTS):

@@ -11,15 +11,17 @@ Called by the loop between steps.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from learner.batch import Row, pack
+from learner.batch import PackedBatch, Row, pack
 from learner.intake.probes import ProbeResult
 from learner.methods.sft import response_sample
-from learner.model import PolicyModel
+from learner.model import LogprobOutput
 from protocol.errors import EngineFailed
 from protocol.sections import WeightsConfig
 from protocol.tensors import tensor_view
@@ -54,10 +56,20 @@ class Parity:
         return {"parity_nats": self.mean, "parity_max_nats": self.worst, **effect}
 
 
+class Policy(Protocol):
+    """What the gate asks of a model: `PolicyModel`, or `Trainer`, which asks all ranks."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+    def frozen_logprobs(self, weights: dict[str, torch.Tensor], packed: PackedBatch) -> torch.Tensor: ...
+
+    def logprobs(self, packed: PackedBatch, with_entropy: bool) -> LogprobOutput: ...
+
+
 class ParityGate:
     """Compares probes with the model."""
 
-    def __init__(self, model: PolicyModel, config: WeightsConfig) -> None:
+    def __init__(self, model: Policy, config: WeightsConfig) -> None:
         self.model, self.config = model, config
         self._off = False
         self._checksums: dict[int, tuple[str, str]] = {}

@@ -11,7 +11,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,14 +93,16 @@ def flatten(state: dict[str, torch.Tensor]) -> tuple[tuple[TensorSpec, ...], tor
     """Specs and one flat uint8 CPU buffer with a copy of every tensor, in their order."""
     specs = layout((name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in state.items())
     buffer = torch.empty(sum(map(nbytes, specs)), dtype=torch.uint8)
-    fill(specs, buffer, state)
+    fill(specs, buffer, state.items())
     return specs, buffer
 
 
-def fill(specs: tuple[TensorSpec, ...], buffer: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-    """Copy every tensor to its place in a flat uint8 buffer, rounded to the type that its spec names."""
-    for spec in specs:
-        tensor_view(spec, buffer).copy_(state[spec.name])
+def fill(specs: tuple[TensorSpec, ...], buffer: torch.Tensor, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Copy named tensors, in the order of the specs, to their places in a flat uint8 buffer, rounded to the types that
+    the specs name."""
+    for spec, (name, tensor) in zip(specs, tensors, strict=True):
+        assert spec.name == name, (spec.name, name)
+        tensor_view(spec, buffer).copy_(tensor)
 
 
 class Buffers:
@@ -133,7 +135,8 @@ class Publisher:
     """Announces the model's weights as versions through `announce`.
 
     The last version is kept for the difference: one copy of the model in `model.dtype` on the host, which is also what
-    snapshots are served from; of a model on a GPU another one there. A second copy is the version being made.
+    snapshots are served from; of a model on one GPU another one there. A second copy is the version being made. Of a
+    sharded model rank 0 alone has these copies; the others take part in putting its tensors together, one by one.
     """
 
     def __init__(
@@ -183,7 +186,7 @@ class Publisher:
 
     def _copy(self, model: PolicyModel) -> Callable[[], Flat]:
         """A function that gives the weights of this moment as one flat buffer, to be called behind the training."""
-        on_device = model.device.type != "cpu"
+        on_device = model.device.type != "cpu" and not model.sharded
         state = model.published_state(model.device) if on_device else model.live_state()
         specs = layout(
             (name, dtype_name(model.published_dtype(tensor)), tuple(tensor.shape)) for name, tensor in state.items()
@@ -193,7 +196,7 @@ class Publisher:
             changes = self._device.advance(state)
             return lambda: self._assemble(specs, changes)
         buffer = self._buffers.take(self.bytes_dense)
-        fill(specs, buffer, state)
+        fill(specs, buffer, model.whole_tensors())
         return lambda: (specs, buffer, None)
 
     def _assemble(self, specs: tuple[TensorSpec, ...], changes: dict[str, Change]) -> Flat:

@@ -1,6 +1,6 @@
 """The reference policy: the weights that KL and DPO hold on to, frozen at one moment and kept in the run directory.
 
-Called by the loop. One copy of the model in `model.dtype`, in memory and on disk.
+Called by `trainer.py`. One copy of the model in `model.dtype`, on disk and in memory (divided over the ranks).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from learner.model import PolicyModel
+from learner.sharding import gather, part_of
 from learner.tensor_files import describe, read_tensors, write_tensors
 
 
@@ -24,7 +25,7 @@ class Reference:
 
     def keep(self) -> dict[str, Any]:
         """The model as it is now is the reference from here on. Returns the file's digest, for `load`."""
-        self.weights = self._model.frozen_copy()
+        self.freeze()
         partial = self._path.with_suffix(".part")
         write_tensors(self.weights, partial)
         with open(partial, "rb") as file:
@@ -33,9 +34,22 @@ class Reference:
         partial.replace(self._path)
         return described
 
+    def freeze(self) -> None:
+        """Take the copy, but write nothing."""
+        self.weights = self._model.frozen_copy()
+
+    def take_part(self) -> None:
+        """Every rank but 0, while that one is in `keep`."""
+        self.freeze()
+        gather(self.weights.values())
+
     def load(self, described: dict[str, Any]) -> None:
         """Take up what an earlier process kept. Raises ValueError if it is not there, damaged or another one."""
         if self.weights:
             return
         loaded = read_tensors(self._path, described or describe(self._path))  # before 2026-11-22 runs kept no digest
-        self.weights = {name: tensor.to(self._model.device) for name, tensor in loaded.items()}
+        parameters = dict(self._model.named_parameters())
+        self.weights = {
+            name: part_of(tensor, parameters.get(name, tensor)).to(self._model.device)
+            for name, tensor in loaded.items()
+        }

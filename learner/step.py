@@ -1,6 +1,9 @@
 """One training step: a batch -> optimizer updates -> metrics. All of the learner's mathematics meets here.
 
-Called by the loop. Knows no socket, no file and no clock.
+Of several ranks each computes its share of the microbatches, of the same plan that one process would follow; the
+denominators are those of the whole update, and gradients and sums are added over the ranks.
+
+Called by `trainer.py`. Knows no socket, no file and no clock.
 """
 
 from __future__ import annotations
@@ -9,21 +12,28 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from learner.batch import Batch, Line, Minibatch, PackedBatch, Row, pack_lines, plan_microbatches
+from learner.batch import Batch, Line, Minibatch, PackedBatch, Row, pack, pack_lines, plan_microbatches
 from learner.methods import losses, packed_losses
 from learner.methods.kl import kl_loss
+from learner.methods.sft import response_sample
 from learner.model import LogprobOutput, PolicyModel
 from learner.optim import Optimizer
+from learner.ranks import ALONE, Ranks
 from protocol.config import Recipe
 
 MicrobatchLoss = Callable[[PackedBatch, LogprobOutput], tuple[Tensor, losses.Metrics]]
+Share = Sequence[PackedBatch | None]
+"""A rank's microbatches; None is a pass that computes nothing, beside one of another rank that does."""
 
 
-def train_step(model: PolicyModel, optimizer: Optimizer, batch: Batch, recipe: Recipe, lr: float) -> dict[str, float]:
+def train_step(
+    model: PolicyModel, optimizer: Optimizer, batch: Batch, recipe: Recipe, lr: float, ranks: Ranks = ALONE
+) -> dict[str, float]:
     """`batch.passes` passes of one optimizer update for each minibatch. Returns the step's metrics, `batch.stats` too.
 
     With more than one update, the old logprobs (the proximal policy of the clip) come from one forward pass before the
@@ -35,13 +45,14 @@ def train_step(model: PolicyModel, optimizer: Optimizer, batch: Batch, recipe: R
     Entropy, KL, gap and importance are means over the tokens that were trained on: `trained_token_share` of all. With
     `grpo.skip_zero_advantage` these are the groups that still disagree, so their entropy is above the policy's.
 
-    Raises FloatingPointError, naming step and update, before a loss or gradient that is not finite reaches the weights.
+    All ranks call it with the same batch, and all return the same figures. Raises FloatingPointError, naming step and
+    update, before a loss or gradient that is not finite reaches the weights: on all ranks or on none.
     """
     optimizer.set_lr(lr)
     pulled_by_kl = recipe.grpo.kl_coef > 0 and recipe.grpo.kl_in == "loss"
     wants_advantage = batch.loss == "policy" and not pulled_by_kl
     minibatches = [m for m in batch.minibatches if _has_signal(m, wants_advantage)]
-    microbatches = [_pack(m.rows, recipe, split=batch.loss != "dpo") for m in minibatches]
+    microbatches = [_pack(m.rows, recipe, batch.loss != "dpo", ranks) for m in minibatches]
     old: list[list[Tensor | None]] = [[None] * len(packed) for packed in microbatches]
     if batch.loss == "policy" and batch.passes * len(minibatches) > 1:
         old = old_logprobs(model, microbatches)
@@ -51,30 +62,46 @@ def train_step(model: PolicyModel, optimizer: Optimizer, batch: Batch, recipe: R
         for minibatch, packed, before in zip(minibatches, microbatches, old, strict=True):
             loss_of = _loss_of(batch, minibatch, before, recipe)
             what = f"step {batch.step}, update {int(sums['updates']) + 1}"
-            sums.update(update(model, optimizer, packed, loss_of, recipe.optim.max_grad_norm, what))
+            sums.update(update(model, optimizer, packed, loss_of, recipe.optim.max_grad_norm, what, ranks))
     sums["skipped_updates"] = batch.passes * (len(batch.minibatches) - len(minibatches))
     sampled = batch.passes * sum(minibatch.num_tokens for minibatch in batch.minibatches)
     return batch.stats | {"lr": lr, "trained_token_share": sums["tokens"] / max(sampled, 1)} | summarize(sums)
 
 
-def old_logprobs(model: PolicyModel, microbatches: Sequence[Sequence[PackedBatch]]) -> list[list[Tensor | None]]:
+def old_logprobs(model: PolicyModel, microbatches: Sequence[Share]) -> list[list[Tensor | None]]:
     """The learner's logprobs of every microbatch before the step's first update, without gradients."""
     with torch.no_grad(), model.compute():
-        return [[model.logprobs(packed, with_entropy=False).logprobs for packed in group] for group in microbatches]
+        return [
+            [model.logprobs(packed or idle(), with_entropy=False).logprobs for packed in group]
+            for group in microbatches
+        ]
 
 
 def with_reference(
-    model: PolicyModel, weights: dict[str, Tensor], rows: Sequence[Row], recipe: Recipe, split: bool = True
+    model: PolicyModel,
+    weights: dict[str, Tensor],
+    rows: Sequence[Row],
+    recipe: Recipe,
+    split: bool = True,
+    ranks: Ranks = ALONE,
 ) -> list[Row]:
-    """The rows with the logprobs of the reference (`PolicyModel.frozen_copy`) in every sample that has tokens."""
+    """The rows with the logprobs of the reference (`PolicyModel.frozen_copy`) in every sample that has tokens.
+
+    All ranks call it with the same rows."""
     trainable = [replace(row, samples=tuple(s for s in row.samples if s.num_tokens)) for row in rows]
-    found = {}
-    for lines in _plan([row for row in trainable if row.samples], recipe, split):
-        logprobs = model.frozen_logprobs(weights, pack_lines(lines)).cpu().numpy()
-        start = 0
-        for sample in (sample for line in lines for row in line for sample in row.samples):
-            found[id(sample)] = logprobs[start : start + sample.num_tokens]
-            start += sample.num_tokens
+    plan = _plan([row for row in trainable if row.samples], recipe, split)
+    samples = [[sample for line in lines for row in line for sample in row.samples] for lines in plan]
+    ends = list(accumulate(sum(sample.num_tokens for sample in microbatch) for microbatch in samples))
+    merged = torch.zeros(ends[-1] if ends else 0)
+    for number in ranks.share(range(len(plan))):
+        logprobs = model.frozen_logprobs(weights, idle() if number is None else pack_lines(plan[number])).cpu()
+        if number is not None:
+            merged[ends[number] - len(logprobs) : ends[number]] = logprobs
+    values = ranks.merge(merged).numpy()
+    found, start = {}, 0
+    for sample in (sample for microbatch in samples for sample in microbatch):
+        found[id(sample)] = values[start : start + sample.num_tokens]
+        start += sample.num_tokens
     return [
         replace(row, samples=tuple(replace(s, reference_logprobs=found.get(id(s))) for s in row.samples))
         for row in rows
@@ -84,12 +111,13 @@ def with_reference(
 def update(
     model: PolicyModel,
     optimizer: Optimizer,
-    microbatches: Sequence[PackedBatch],
+    microbatches: Share,
     loss_of: MicrobatchLoss,
     max_grad_norm: float,
     what: str,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """Accumulate the gradients of all microbatches, clip, and move the weights once.
+    """Accumulate the gradients of all microbatches of all ranks, clip, and move the weights once.
 
     Returns sums to be added over updates: the losses' metrics, "loss", "grad_norm" (before clipping), "updates",
     "positions" and "microbatches". Raises FloatingPointError, naming `what`, instead of stepping on what is not finite.
@@ -97,6 +125,9 @@ def update(
     sums: dict[str, Tensor] = {}
     with model.compute():
         for packed in microbatches:
+            if packed is None:
+                (model.logprobs(idle(), with_entropy=False).logprobs.sum() * 0.0).backward()
+                continue
             packed = packed.to(model.device)
             output = model.logprobs(packed, with_entropy=True)
             loss, metrics = loss_of(packed, output)
@@ -105,8 +136,10 @@ def update(
             metrics |= {"loss": loss.detach(), "entropy": losses.masked_sum(output.entropy, packed.mask)}
             metrics |= {"tokens": packed.mask.sum().float()}
             sums = {name: sums.get(name, 0.0) + value for name, value in metrics.items()}
-    totals = {name: float(value) for name, value in sums.items()}
     grad_norm = optimizer.clip(max_grad_norm)
+    own = [packed for packed in microbatches if packed is not None]
+    counts = {"positions": sum(packed.num_positions for packed in own), "microbatches": len(own)}
+    totals = ranks.sum({name: float(value) for name, value in sums.items()} | counts)
     if not (math.isfinite(totals["loss"]) and math.isfinite(grad_norm)):
         optimizer.zero_grad()
         raise FloatingPointError(
@@ -114,8 +147,7 @@ def update(
             " the weights were left as they were"
         )
     optimizer.step()
-    counts = {"positions": sum(p.num_positions for p in microbatches), "microbatches": len(microbatches)}
-    return totals | counts | {"grad_norm": grad_norm, "updates": 1}
+    return totals | {"grad_norm": grad_norm, "updates": 1}
 
 
 def summarize(sums: Counter[str]) -> dict[str, float]:
@@ -208,8 +240,14 @@ def _plan(rows: Sequence[Row], recipe: Recipe, split: bool) -> list[list[Line]]:
     return plan_microbatches(rows, recipe.learner.microbatch_tokens, recipe.learner.packing, split)
 
 
-def _pack(rows: Sequence[Row], recipe: Recipe, split: bool) -> list[PackedBatch]:
-    return [pack_lines(lines) for lines in _plan(rows, recipe, split)]
+def _pack(rows: Sequence[Row], recipe: Recipe, split: bool, ranks: Ranks) -> Share:
+    """This rank's share of the plan. It begins with the longest, so that what the ranks do at once is of a size."""
+    return [None if lines is None else pack_lines(lines) for lines in ranks.share(_plan(rows, recipe, split))]
+
+
+def idle() -> PackedBatch:
+    """The smallest microbatch there is, for a pass whose result nobody wants."""
+    return pack([Row((0,), (response_sample([0]),))])
 
 
 def _has_signal(minibatch: Minibatch, wants_advantage: bool) -> bool:

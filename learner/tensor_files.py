@@ -1,4 +1,7 @@
-"""Tensors in safetensors files of the run directory: written with a plain error, checked when they are read again."""
+"""Tensors in safetensors files of the run directory: written with a plain error, checked when they are read again.
+
+Sharded tensors are put together one after the other as they are written: the other ranks take part (`sharding.gather`).
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from learner.sharding import whole_of
+
 READ_BYTES = 8 << 20
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Raises OSError, with what is needed and what is free, if the file cannot be written."""
-    on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    on_cpu = {name: whole_of(tensor).to("cpu").contiguous() for name, tensor in tensors.items()}
     try:
         save_file(on_cpu, path, metadata)
     except SafetensorError as error:

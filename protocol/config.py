@@ -48,9 +48,10 @@ RESUMABLE_KEYS = (
     "actor.threads", "actor.gpus", "actor.cpus", "actor.drain_s", "actor.wait_for_room",
     "autoscale.enabled", "autoscale.min_actors", "autoscale.max_actors", "autoscale.window_steps",
     "autoscale.patience", "learner.microbatch_tokens", "learner.packing", "learner.threads",
-    "learner.device", "wire.host", "wire.port", "wire.no_keys_on_trusted_network", "eval.examples_shown",
-    "eval.every_steps", "eval.share", "guard.policy", "guard.lr_factor", "guard.max_rollbacks", "weights.chunk_mib",
-    "weights.window", "weights.parity", "weights.parity_every", "weights.parity_nats", "weights.anchor_every",
+    "learner.device", "learner.processes", "wire.host", "wire.port", "wire.no_keys_on_trusted_network",
+    "eval.examples_shown", "eval.every_steps", "eval.share", "guard.policy", "guard.lr_factor",
+    "guard.max_rollbacks", "weights.chunk_mib", "weights.window", "weights.parity", "weights.parity_every",
+    "weights.parity_nats", "weights.anchor_every",
 )  # fmt: skip
 """Keys that `--resume` may change: none of them alters what the finished steps meant."""
 

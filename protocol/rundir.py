@@ -89,6 +89,11 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def ranks(self) -> Path:
+        """Where the learner's processes find each other, if there are several; while they live."""
+        return self.path / "ranks.store"
+
+    @property
     def reference(self) -> Path:
         """Weights of the reference policy, where the method has one."""
         return self.path / "reference.safetensors"

@@ -271,6 +271,9 @@ class GuardConfig(Section):
 
 class LearnerConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: Positive = 1
+    """Processes of the learner, one for each of its GPUs: weights, gradients and moments are divided over them (FSDP2).
+    Several on a CPU are for tests."""
     microbatch_tokens: Positive = 2048
     """Budget of packed tokens (padding included) of one forward and backward pass."""
     packing: bool = True

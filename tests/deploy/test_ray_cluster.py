@@ -15,8 +15,8 @@ from protocol.errors import RecipeError
 from protocol.rundir import RunDir
 
 
-def recipe(device: str = "auto", **actor: object) -> Recipe:
-    return parse_recipe({"actor": actor, "learner": {"device": device}}, "test")
+def recipe(device: str = "auto", processes: int = 1, **actor: object) -> Recipe:
+    return parse_recipe({"actor": actor, "learner": {"device": device, "processes": processes}}, "test")
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,10 @@ def recipe(device: str = "auto", **actor: object) -> Recipe:
         ("cpu", {"count": 2}, ["0", "1"], ["0", "1"], [], 1.0),
         ("auto", {"engine": "fake"}, ["0", "1"], [], ["1"], 0.0),
         ("auto", {"count": 0}, ["0"], ["0"], ["0"], 0.5),
+        ("auto", {"processes": 2}, ["3", "5", "7", "8"], ["3", "5"], ["7", "8"], 1.0),
+        ("auto", {"processes": 3}, ["3", "5", "7", "8"], ["3"], ["5", "7", "8"], 1.0),
+        ("auto", {"processes": 2, "engine": "fake"}, ["0", "1"], [], ["0", "1"], 0.0),
+        ("cpu", {"processes": 2}, [], [], [], 0.0),
     ],
 )
 def test_share_gpus_divides_what_is_there(
@@ -47,7 +51,11 @@ def test_share_gpus_divides_what_is_there(
     ("actor", "visible", "complaint"),
     [
         ({"gpus": 1.0}, [], "found 1 for each of 1 actors, allowed here: what fits 0 GPUs"),
-        ({"gpus": 2.0}, ["0", "1"], "what fits 1 GPUs beside the one of the learner"),
+        ({"gpus": 2.0}, ["0", "1"], "what fits 1 GPUs beside those of the learner"),
+        ({"gpus": 1.0, "count": 2, "processes": 2}, ["0", "1", "2"], "what fits 1 GPUs beside those of the learner"),
+        ({"processes": 2}, [], "learner.processes: found 2, allowed here: 1, since no GPU is visible"),
+        ({"processes": 2}, ["0"], "learner.processes: found 2, allowed here: at most 1 of 1 GPUs"),
+        ({"processes": 3}, ["0", "1", "2"], "found 3, allowed here: at most 2 of 3 GPUs, one of which the actors want"),
         ({"gpus": 0.6, "count": 2}, ["0"], "found 0.6 for each of 2 actors"),
         ({"gpus": 0.6, "count": 3}, ["0", "1", "2"], "found 0.6 for each of 3 actors"),
         ({"gpus": 1.5}, ["0", "1", "2", "3"], "found 1.5, allowed: up to 1, or a whole number"),

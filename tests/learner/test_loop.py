@@ -13,6 +13,7 @@ from learner.intake.journal import read_groups
 from learner.intake.source import Interrupted, StopFlag
 from learner.loop import Learner
 from learner.outcome import GuardStop
+from learner.ranks import ALONE, Ranks
 from protocol.config import Recipe, parse_recipe
 from protocol.keys import make_keys
 from protocol.rundir import RunDir, read_json, read_jsonl, write_json
@@ -63,10 +64,11 @@ def learn(
     model: Path,
     stop: StopFlag | None = None,
     watch: Callable[[Learner], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[bool, RunDir]:
     """One learner process's worth of a run; (finished, the run directory)."""
     run = RunDir(directory).create()
-    learner = Learner(recipe, run, model, stop or StopFlag())
+    learner = Learner(recipe, run, model, stop or StopFlag(), ranks)
     if watch:
         watch(learner)
     if not recipe.needs_actors:
