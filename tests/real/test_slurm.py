@@ -17,30 +17,10 @@ import psutil
 import pytest
 
 from deploy.ports import PORTS, TANDEM_PORT, in_cluster
-from tests.slurm_harness import (
-    NETWORK,
-    ROOT,
-    SCRIPT,
-    listening,
-    missing,
-    on_node,
-    slurm_environment,
-    two_networks,
-    wait_for,
-    write_program,
-)
+from tests.node_harness import NETWORK, firewall, listening, missing, networks, on_node
+from tests.slurm_harness import ROOT, SCRIPT, slurm_environment, wait_for, write_program
 
 pytestmark = [pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.timeout(280)]
-
-FIREWALL = f"""table inet nothing_else {{
-  chain input {{
-    type filter hook input priority 0; policy drop;
-    iif lo accept
-    ct state established,related accept
-    ip saddr {NETWORK}.0/24 tcp dport {{ {", ".join(port.numbers for port in in_cluster())} }} accept
-  }}
-}}
-"""
 
 TANDEM = f"""#!{sys.executable}
 import json, os, signal, socket, sys
@@ -88,17 +68,17 @@ def test_batch_script_runs_on_two_nodes_through_the_table_of_ports(tmp_path: Pat
     shims = Path(env["SHIM"])
     write_program(tmp_path / "env" / "bin" / "tandem", TANDEM)
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
-    with two_networks(FIREWALL) as networks:
+    with networks(2, firewall(", ".join(port.numbers for port in in_cluster()))) as names:
         command = ["bash", str(SCRIPT), str(ROOT / "recipes" / "demo.toml"), "a-run", "--set", "steps=2"]
-        with on_node(networks[0], private, command, env, logs[0]) as first:
+        with on_node(names[0], private, command, env, logs[0]) as first:
             wait_for((shims / "srun.argv").exists, "srun's command", 30, first)
             argv = (shims / "srun.argv").read_text().split("\0")[:-1]
             handed = dict(entry.split("=", 1) for entry in (shims / "srun.env").read_text().split("\0")[:-1])
-            with on_node(networks[1], private, argv, handed, logs[1]) as second:
+            with on_node(names[1], private, argv, handed, logs[1]) as second:
                 try:
                     wait_for((shims / "report.json").exists, "the run to use both nodes", 150, first)
                     report = json.loads((shims / "report.json").read_text())
-                    sockets = [listening(network) for network in networks]
+                    sockets = [listening(network) for network in names]
                     psutil.Process(first.pid).children()[0].send_signal(
                         signal.SIGUSR1
                     )  # the batch shell, before the limit
