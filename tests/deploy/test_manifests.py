@@ -111,6 +111,13 @@ def test_faults_in_a_cluster_file_are_found(name: str, change: str) -> None:
         check_ray_config(mutated(name, change))
 
 
+def test_local_head_is_found_by_its_workers_and_starts_them() -> None:
+    """Ray 2.60 by itself takes 127.0.0.1 where there is no route outside, and its new autoscaler starts no worker."""
+    (config,) = load("ray/local.yaml")
+    assert ray_start(config, "head")["node_ip_address"] == config["provider"]["head_ip"]
+    assert " RAY_enable_autoscaler_v2=0 ray start --head " in config["head_start_ray_commands"][-1]
+
+
 @pytest.mark.parametrize("name", RAY_FILES)
 def test_cluster_file_brings_all_that_the_set_up_needs(name: str) -> None:
     (config,) = load(f"ray/{name}.yaml")

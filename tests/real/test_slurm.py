@@ -64,7 +64,8 @@ def test_batch_script_runs_on_two_nodes_through_the_table_of_ports(tmp_path: Pat
     job = os.getpid()
     private = Path(f"/tmp/td-{job}")  # the script's own choice
     env = slurm_environment(tmp_path, job, nodes=2)
-    env["RAY_gcs_rpc_server_reconnect_timeout_s"] = "5"  # how long the second node waits for a head that has ended
+    # How long the second node waits for a head that has ended, and either for its own Ray to start on a busy machine.
+    env |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "20", "RAY_raylet_start_wait_time_s": "120"}
     shims = Path(env["SHIM"])
     write_program(tmp_path / "env" / "bin" / "tandem", TANDEM)
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
