@@ -100,7 +100,7 @@ def test_help_loads_nothing_heavy() -> None:
         ('model.path="/nowhere/model"', "model.path: "),
         ('task.name="jsonl"', "task.train: found"),
         ('learner.device="cuda"', "learner.device: found"),
-        ('wire.host="0.0.0.0"', "wire.host: found '0.0.0.0', allowed: "auto""),
+        ('wire.host="0.0.0.0"', "wire.host: found '0.0.0.0', allowed: \"auto\""),
     ],
 )
 def test_train_refuses_a_wrong_recipe_before_anything_starts(
