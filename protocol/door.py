@@ -3,18 +3,19 @@
 CURVE proves which key a peer has; the allow-list says which keys are welcome (ZAP, RFC 27, answered in the hub's own
 thread). Socket monitors tell of those who never came as far as that: port scans, noise, peers without keys. They are
 cut after `HANDSHAKE_MS`. Each takes a file descriptor until then; beyond a share of those that the process may have,
-the hub stops listening for a moment, so that the learner can always open its files. Used by `sockets.Hub` alone.
+newcomers are sent away, so that the learner can always open its files. (To stop listening would end every connection:
+libzmq's sessions belong to their listener.) Used by `sockets.Hub` alone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import resource
 import socket
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import zmq
@@ -31,10 +32,9 @@ REQUESTS_PER_TURN = 64
 EVENTS_PER_TURN = 2_000
 NAMED_AT_MOST = 64
 """Rejected peers that are kept by name; the others are counted together."""
-SHARE_OF_FILES = 0.75
-"""Of the file descriptors that the process may still open, those that connections may take."""
-LISTEN_AGAIN = 0.75
-"""Share of the connections that are allowed below which a hub that had enough listens again."""
+SHARE_OF_FILES = 0.5
+"""Of the file descriptors that the process may still open, those that connections may take. ZeroMQ's thread accepts
+while the hub's is busy, so in a flood some more come in before they are sent away."""
 PLENTY = 100_000
 
 Fault = Callable[[str, object], None]
@@ -98,58 +98,84 @@ class Admission:
         return name
 
 
+@dataclass
+class Connection:
+    """One that was accepted, whoever it is."""
+
+    address: str
+    let_in_before: int
+    """Handshakes that had succeeded at this listener when it came."""
+    cut: bool = False
+    """It was one too many."""
+
+
 class Listener:
     """One listening socket: its connections, as the monitor tells of them."""
 
     def __init__(self, context: zmq.Context[Any], sock: zmq.Socket[bytes], fault: Fault) -> None:
-        self.connections: dict[int, tuple[str, int]] = {}
-        """File descriptor -> (the peer's address, handshakes that had succeeded when it came)."""
+        self.connections: dict[int, Connection] = {}
+        """By file descriptor."""
         self.monitor: zmq.Socket[bytes] = handshakes.monitor(
             context, sock, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | handshakes.Knocking.EVENTS
         )
         self._sock, self._fault = sock, fault
-        self._endpoint = ""
         self._let_in = 0
         self._failure = ""
 
-    def open(self) -> bool:
-        """Listen again where it listened before. False if the address is still taken."""
-        try:
-            self._sock.bind(self._endpoint)
-        except zmq.ZMQError:
-            return False
-        return True
-
-    def shut(self) -> None:
-        """Stop listening; connections stay."""
-        self._endpoint = self._sock.getsockopt_string(zmq.LAST_ENDPOINT)
-        with contextlib.suppress(zmq.ZMQError):
-            self._sock.unbind(self._endpoint)
-
-    def read(self) -> None:
-        """Take in what the monitor says."""
+    def read(self, is_full: Callable[[], bool]) -> None:
+        """Take in what the monitor says. While `is_full`, who comes is sent away."""
         for _ in range(EVENTS_PER_TURN):
             try:
                 what, value = handshakes.outcome(self.monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 return
+            if what != "ended" and self._failure:  # libzmq leaves such a connection standing, and cuts it for silence
+                self._count(self._failure, "an address not known")
+                self._failure = ""
             if what == "accepted":
-                self.connections[value] = (_address_of(value), self._let_in)
+                full = is_full()
+                self.connections[value] = Connection(self._meet(value, full), self._let_in, full)
             elif what == "let in":
                 self._let_in += 1
             elif what == "ended":
-                self._ended(*self.connections.pop(value, ("unknown", -1)))
+                self._ended(self.connections.pop(value, None))
             else:
                 self._failure = what  # of the connection whose end is the next event: one thread does it all
 
-    def _ended(self, address: str, let_in_before: int) -> None:
+    def _ended(self, connection: Connection | None) -> None:
         """Count an end without a handshake. One that does not even speak ZeroMQ's greeting has no failure of its own:
         it is known by no handshake having succeeded since it came (so beside a peer that joins it may be missed)."""
         failure, self._failure = self._failure, ""
-        if not failure and self._let_in == let_in_before:
+        if connection is None or connection.cut:
+            return
+        if not failure and self._let_in == connection.let_in_before:
             failure = "not ZeroMQ"
-        if failure and failure != "not allowed":  # that one is counted, with its key, where it was refused
+        if failure:
+            self._count(failure, connection.address)
+
+    def _count(self, failure: str, address: str) -> None:
+        if failure != "not allowed":  # that one is counted, with its key, where it was refused
             self._fault(f"handshake failed ({failure})", f"peer at {address}")
+
+    def _meet(self, descriptor: int, cut: bool) -> str:
+        """Address of the peer of a new connection, which is ended if it is to be cut. The descriptor is libzmq's: it is
+        looked at, never closed. It may have been closed meanwhile, and be another's: then it is let be."""
+        try:
+            connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=descriptor)
+        except OSError:
+            return "unknown"
+        try:
+            address = str(connection.getpeername()[0]).removeprefix("::ffff:")
+            if cut and connection.getsockname()[1] == self._port():
+                connection.shutdown(socket.SHUT_RDWR)
+            return address
+        except (OSError, IndexError):
+            return "unknown"
+        finally:
+            connection.detach()
+
+    def _port(self) -> int:
+        return int(self._sock.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
 
 
 class Door:
@@ -160,8 +186,7 @@ class Door:
         self._context, self._fault = context, fault
         self._admission = Admission(context, keys, fault) if keys else None
         self._listeners: list[Listener] = []
-        self._allowed = connections_allowed()
-        self._shut: list[Listener] = []
+        self.allowed = connections_allowed()
 
     @property
     def rejected(self) -> dict[str, int]:
@@ -186,31 +211,13 @@ class Door:
             self._admission.answer()
         for listener in self._listeners:
             if listener.monitor in ready:
-                listener.read()
-        self._bound()
+                listener.read(self._is_full)
 
-    def _bound(self) -> None:
+    def _is_full(self) -> bool:
+        """Whether connections take all the file descriptors that are theirs. Those that are no actor's are gone within
+        `HANDSHAKE_MS`; until then nobody else comes in."""
         count = sum(len(listener.connections) for listener in self._listeners)
-        if not self._shut and count >= self._allowed:
-            self._fault("too many connections", f"{count}, allowed {self._allowed}: no more until some are gone")
-            self._shut = list(self._listeners)
-            for listener in self._shut:
-                listener.shut()
-        elif self._shut and count <= self._allowed * LISTEN_AGAIN:
-            self._shut = [listener for listener in self._shut if not listener.open()]
-            if not self._shut:
-                log.info("the hub listens again, %d connections are left", count)
-
-
-def _address_of(descriptor: int) -> str:
-    """Address of the peer behind a connection of libzmq's. It may be gone already, and its number another's."""
-    try:
-        connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=descriptor)
-    except OSError:
-        return "unknown"
-    try:
-        return str(connection.getpeername()[0]).removeprefix("::ffff:")
-    except (OSError, IndexError):
-        return "unknown"
-    finally:
-        connection.detach()  # it is libzmq's to close
+        if count < self.allowed:
+            return False
+        self._fault("too many connections", f"{count}, allowed {self.allowed}")
+        return True

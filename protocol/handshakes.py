@@ -103,7 +103,7 @@ class Knocking:
                     log.info("the learner at %s lets this actor in (%s)", where, name)
             elif what == "silent or closed":  # ZeroMQ tries that again itself
                 broken_off += 1
-                if broken_off >= CLOSED_IN_A_ROW:
+                if broken_off >= CLOSED_IN_A_ROW and name not in self._problems:  # a reason that is known is better
                     self._say(name, self._reason(what, where))
             else:
                 self._say(name, self._reason(what, where))

@@ -10,6 +10,7 @@ With keys (`keys.py`) every connection is CURVE: encrypted, the learner proven t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -312,7 +313,7 @@ class Link:
         def again() -> None:
             self._bulk_connections += sock is self._bulk
             self._connect(sock, self._connected[sock])
-            sock.getsockopt(zmq.EVENTS)  # whoever waits to send on it finds that it can
+            sock.get(zmq.EVENTS)  # whoever waits to send on it finds that it can
 
         events = monitor(self._context, sock, Knocking.EVENTS)
         self._knocking.start(name, events, lambda: (self._connected.get(sock, ""), self._connections[sock]), again)
@@ -338,29 +339,35 @@ class Link:
         try:
             sock.connect(endpoint)
         except zmq.ZMQError as error:
-            if before:
-                self._connect(sock, before)
             raise ValueError(f"learner address: found {endpoint!r}, allowed: tcp://HOST:PORT ({error})") from None
         self._connected[sock] = endpoint
         self._connections[sock] += 1
+
+    def _lead(self, sock: zmq.asyncio.Socket, endpoint: str, keys: ActorKeys | None) -> None:
+        """Connect a socket elsewhere, or leave all as it was."""
+        before, keys_before = self._connected.get(sock, ""), self._keys
+        self._keys = keys
+        try:
+            self._connect(sock, endpoint)
+        except ValueError:
+            self._keys = keys_before
+            if before:
+                self._connect(sock, before)
+            raise
 
     def reconnect(self, endpoint: str, keys: ActorKeys | None) -> None:
         """Leave the work socket's connection for another address, under a new routing id. What was queued is lost.
 
         `keys`: those of every connection from now on; where they change, the other sockets are connected anew, too."""
-        before, self._keys = self._keys, keys
-        try:
-            self._connect(self._work, endpoint)
-        except ValueError:
-            self._keys = before
-            raise
+        before = self._keys
+        self._lead(self._work, endpoint, keys)
         if keys != before and self._bulk in self._connected:
             self.open_weights(self._connected[self._bulk], self._connected[self._news])
 
     def open_weights(self, bulk: str, news: str) -> None:
         """Connect to the learner's bulk and news sockets, replacing earlier connections."""
-        self._connect(self._bulk, bulk)
-        self._connect(self._news, news)
+        self._lead(self._bulk, bulk, self._keys)
+        self._lead(self._news, news, self._keys)
         self._bulk_connections += 1
 
     async def receive(self) -> Message:
@@ -392,7 +399,7 @@ class Link:
 
     async def send(self, message: Message) -> None:
         """Queue a message. Blocks this coroutine only if ten thousand messages wait already."""
-        await self._work.send_multipart(codec.encode(message))
+        await self._put(self._work, message)
 
     async def fetch_update(self, base: int = 0, base_digest: str = "") -> Update:
         """The newest version, and the way to it from a base that is at hand.
@@ -420,7 +427,7 @@ class Link:
 
         async def request(offset: int, length: int, attempts: int) -> None:
             flying[offset] = (length, time.monotonic(), attempts)
-            await self._send_bulk(ChunkRequest(version, offset, length, form))
+            await self._put(self._bulk, ChunkRequest(version, offset, length, form))
 
         async def fill_window() -> None:
             while todo and len(flying) < window:
@@ -448,7 +455,7 @@ class Link:
     async def _ask(self, request: Message, fits: Callable[[Any], bool], what: str) -> Any:
         connection = self._bulk_connections
         for _ in range(CHUNK_ATTEMPTS):
-            await self._send_bulk(request)
+            await self._put(self._bulk, request)
             deadline = time.monotonic() + CHUNK_TIMEOUT_S
             while (left := deadline - time.monotonic()) > 0:
                 message = await self._bulk_reply(left, connection)
@@ -458,8 +465,14 @@ class Link:
                     return message
         raise DeadlineExceeded(f"{what} from the learner", CHUNK_ATTEMPTS * CHUNK_TIMEOUT_S)
 
-    async def _send_bulk(self, message: Message) -> None:
-        await self._bulk.send_multipart(codec.encode(message))
+    async def _put(self, sock: zmq.asyncio.Socket, message: Message) -> None:
+        frames = codec.encode(message)
+        while True:
+            try:
+                await sock.send_multipart(frames)
+                return
+            except zmq.Again:  # the learner refused the connection in this moment: wait for the next one
+                await asyncio.sleep(0)
 
     async def _bulk_reply(self, timeout_s: float, connection: int) -> Message | None:
         """Next message on the bulk socket; None if there is none for a while. Raises WeightsError if the socket was

@@ -72,7 +72,7 @@ class RunningHub:
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
             assert time.monotonic() < deadline, (
-                f"received {self.received}, faults {self.hub.faults.counts}, {self.hub.turned_away.counts}"
+                f"received {self.received[-5:]}, faults {self.hub.faults.counts}, {self.hub.turned_away.counts}"
             )
             time.sleep(0.005)
 

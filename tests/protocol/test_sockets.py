@@ -438,13 +438,13 @@ async def test_link_asks_for_the_next_chunk_before_it_writes_one() -> None:
     with RunningHub() as running:
         running.run(lambda: running.hub.announce(snapshot(1, 192)))
         async with link_to(running.hub) as link:
-            send = link._send_bulk
+            send = link._put
 
-            async def request(message: ChunkRequest) -> None:
+            async def request(sock: zmq.asyncio.Socket, message: ChunkRequest) -> None:
                 order.append(("ask", message.offset))
-                await send(message)
+                await send(sock, message)
 
-            with mock.patch.object(link, "_send_bulk", request):
+            with mock.patch.object(link, "_put", request):
                 await soon(link.fetch(1, 192, 64, 1, lambda offset, _: order.append(("write", offset))))
     assert order == [("ask", 0), ("ask", 64), ("write", 0), ("ask", 128), ("write", 64), ("write", 128)]
 
