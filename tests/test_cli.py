@@ -105,6 +105,7 @@ def test_help_loads_nothing_heavy() -> None:
         ('model.path="/nowhere/model"', "model.path: "),
         ('task.name="jsonl"', "task.train: found"),
         ('learner.device="cuda"', "learner.device: found"),
+        ("learner.processes=2", "learner.processes: found 2, allowed here: 1, since no GPU is visible"),
         ('wire.host="0.0.0.0"', "wire.host: found '0.0.0.0', allowed: \"auto\""),
     ],
 )
@@ -178,6 +179,38 @@ def test_resume_refuses_what_may_not_change(recipe: Path, tmp_path: Path) -> Non
     assert result.returncode == 2
     assert "rollout.group_size: the run has 2, found 4" in result.stderr.replace("\n", " ")
     assert "It may change: steps" in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.timeout(400)
+def test_learner_of_two_processes_survives_a_killed_one_and_goes_on_as_one(recipe: Path, tmp_path: Path) -> None:
+    """The kill costs the steps since the last checkpoint; Ctrl-C stops both processes after the same step."""
+    run = RunDir(tmp_path / "runs" / "cli")
+    two = ["--set", 'learner.device="cpu"', "--set", "learner.processes=2"]
+    with Command(["train", str(recipe), "--runs", str(run.path.parent), *two], tmp_path / "two.log") as first:
+        first.until(reached(run, 6), "a step behind the first checkpoint", 120)
+        assert open_to_the_network(first.process.pid) == []
+        ranks = [p for p in psutil.Process(first.process.pid).children(recursive=True) if "--rank" in p.cmdline()]
+        assert len(ranks) == 1, "rank 0 has started one other"
+        ranks[0].kill()
+        first.until(lambda: "resumed at step" in (run.logs / "learner.log").read_text(), "the restart", 120)
+        before, _, after = (run.logs / "learner.log").read_text().partition("resumed at step ")
+        assert re.search(r"RankLost: (rank 0 of 2, waiting for .*: )?rank 1 has ended with -9", before)
+        wanted = f"step {int(after.split()[0]) + 2}/"
+        first.until(
+            lambda: wanted in (run.logs / "learner.log").read_text().partition("resumed at step ")[2],
+            "steps after the restart",
+            120,
+        )
+        first.process.send_signal(signal.SIGINT)
+        assert first.wait(60) == 3, first.output()
+        assert first.left_running() == [] and not run.ranks.exists()
+    steps = read_json(run.summary)["steps"] + 3
+    one = ["--set", f"steps={steps}", "--set", "learner.processes=1"]
+    with Command(["train", "--resume", str(run.path), *one], tmp_path / "one.log") as second:
+        assert second.wait(120) == 0, second.output()
+    assert "learner.processes: 2 -> 1" in second.output()
+    assert [row["step"] for row in read_jsonl(run.metrics)] == list(range(1, steps + 1))
+    assert_trained_once_each(run, steps)
 
 
 @pytest.mark.timeout(400)
