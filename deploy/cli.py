@@ -254,7 +254,7 @@ def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> No
     """Preflight, launch, report. Exits with the learner's code. A refused recipe leaves no run directory."""
     from deploy.datasets import resolve_task
     from deploy.launch import launch
-    from deploy.preflight import preflight
+    from deploy.preflight import check_gpu_memory, preflight
     from deploy.progress import ProgressView
     from deploy.report import print_report
     from deploy.site import open_site
@@ -264,7 +264,9 @@ def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> No
     recipe = resolve_task(recipe, _dim)
     model = preflight(recipe, _dim, ray_address)
     with open_site(recipe, ray_address, _dim) as site:
-        recipe, run = site.recipe, make_run()
+        recipe = site.recipe
+        check_gpu_memory(recipe, model, site.learner_gpus, site.actor_gpus)
+        run = make_run()
         console.print(f"run {run.path}", soft_wrap=True)
         with run.lock("launcher"):
             _write_recipe(recipe, run)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from actor.grading import check_user_functions
 from actor.rewards import check_grader, user_functions_of
+from deploy.gpu_memory import ModelShape, check_shared_gpu
 from deploy.models import model_limits, resolve_model
 from deploy.ray_cluster import check_ray_address
 from protocol.addresses import PORTS
@@ -70,6 +71,16 @@ def check_device(recipe: Recipe) -> None:
     """Raise RecipeError if the learner is to use a GPU that this machine has not."""
     if recipe.learner.device == "cuda" and not gpu_count():
         raise RecipeError('learner.device: found "cuda", but no GPU is visible here; allowed: "auto" or "cpu"')
+
+
+def check_gpu_memory(recipe: Recipe, model: Path, learner_gpus: Sequence[str], actor_gpus: Sequence[str]) -> None:
+    """Raise RecipeError if learner and engines share this machine's only GPU and cannot fit it together."""
+    if list(learner_gpus) != list(actor_gpus) or not learner_gpus or not recipe.actor.count:
+        return
+    import torch
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    check_shared_gpu(recipe, ModelShape.of(model), total)
 
 
 def gpu_count() -> int:
