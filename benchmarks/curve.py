@@ -168,8 +168,8 @@ def _group(index: int) -> Group:
 
 
 def _flood(serving: Serving) -> dict[str, Any]:
-    """Groups a second beside nothing, beside strangers, and beside processes that burn the CPU that those cost: their own,
-    and what the hub's process needs for them beyond what it needs for the groups."""
+    """Groups a second beside nothing, beside strangers, and beside processes that burn the CPU that those cost: their
+    own, and what the hub's process needs for them beyond what it needs for the groups."""
     serving.ask("groups", GROUPS)
     ports = [int(e.rpartition(":")[2]) for e in (serving.hub.work_endpoint, serving.hub.bulk_endpoint)]
     rates: dict[str, list[float]] = {"alone": [], "strangers": [], "burning": []}
