@@ -8,6 +8,8 @@ beside nothing, beside strangers who knock as fast as one process can, and besid
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import multiprocessing
 import os
 import random
@@ -166,19 +168,27 @@ def _group(index: int) -> Group:
 
 
 def _flood(serving: Serving) -> dict[str, Any]:
-    """Groups a second beside nothing, beside strangers, and beside a process that burns the CPU that those took."""
+    """Groups a second beside nothing, beside strangers, and beside processes that burn the CPU that those cost: their
+    own, and what the hub's process needs for them beyond what it needs for the groups."""
     serving.ask("groups", GROUPS)
     ports = [int(e.rpartition(":")[2]) for e in (serving.hub.work_endpoint, serving.hub.bulk_endpoint)]
     rates: dict[str, list[float]] = {"alone": [], "strangers": [], "burning": []}
     shares, knocks = [], []
     for _ in range(FLOOD_ROUNDS):
+        before = time.process_time()
         rates["alone"].append(GROUPS / serving.ask("groups", GROUPS))
-        rate, share, count = _beside(serving, _knock, ports)
-        rates["strangers"].append(rate)
-        shares.append(share)
-        knocks.append(count)
-        rate, _, _ = _beside(serving, _burn, share)
-        rates["burning"].append(rate)
+        for_groups = time.process_time() - before
+        with Load(_knock, ports) as strangers:
+            before = time.process_time()
+            seconds = serving.ask("groups", GROUPS)
+            for_strangers = max(0.0, time.process_time() - before - for_groups)
+        rates["strangers"].append(GROUPS / seconds)
+        shares.append((strangers.cpu_s / strangers.wall_s) + for_strangers / seconds)
+        knocks.append(strangers.count / strangers.wall_s)
+        with contextlib.ExitStack() as stack:
+            for _ in range(cores := math.ceil(shares[-1])):
+                stack.enter_context(Load(_burn, shares[-1] / cores))
+            rates["burning"].append(GROUPS / serving.ask("groups", GROUPS))
     ratios = [one / other for one, other in zip(rates["strangers"], rates["burning"], strict=True)]
     return {name: statistics.median(found) for name, found in rates.items()} | {
         "strangers_over_burning": statistics.quantiles(ratios, n=4),
@@ -188,20 +198,27 @@ def _flood(serving: Serving) -> dict[str, Any]:
     }
 
 
-def _beside(serving: Serving, load: Callable[..., None], argument: Any) -> tuple[float, float, float]:
-    """Groups a second beside a process; the share of a core that it took, and what it counted a second."""
-    ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    child = start(load, argument, theirs)
-    assert ours.poll(TIMEOUT_S), "the load did not begin"
-    ours.recv()
-    began = time.perf_counter()
-    rate = GROUPS / serving.ask("groups", GROUPS)
-    ours.send("stop")
-    wall = time.perf_counter() - began
-    assert ours.poll(TIMEOUT_S), "the load did not end"
-    cpu, count = ours.recv()
-    child.join(TIMEOUT_S)
-    return rate, cpu / wall, count / wall
+class Load:
+    """Context manager: a process that does something until it is left; then what CPU it took, and what it counted."""
+
+    def __init__(self, work: Callable[..., None], argument: Any) -> None:
+        self._pipe, theirs = multiprocessing.get_context("spawn").Pipe()
+        self._child = start(work, argument, theirs)
+        self.cpu_s = self.wall_s = 0.0
+        self.count = 0
+
+    def __enter__(self) -> Load:
+        assert self._pipe.poll(TIMEOUT_S), "the load did not begin"
+        self._pipe.recv()
+        self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.send("stop")
+        self.wall_s = time.perf_counter() - self._began
+        assert self._pipe.poll(TIMEOUT_S), "the load did not end"
+        self.cpu_s, self.count = self._pipe.recv()
+        self._child.join(TIMEOUT_S)
 
 
 def _knock(ports: list[int], pipe: Connection) -> None:
@@ -240,7 +257,7 @@ def _burn(share: float, pipe: Connection) -> None:
             pass
         time.sleep(max(0.0, until - time.perf_counter()))
     pipe.recv()
-    pipe.send((time.process_time() - before, os.getpid()))
+    pipe.send((time.process_time() - before, 0))
 
 
 def start(target: Any, *arguments: Any) -> Any:

@@ -170,5 +170,23 @@ def open_to_the_network(pid: int) -> list[str]:
     ]
 
 
+def secrets_shown(run: RunDir, pid: int = 0) -> list[str]:
+    """Where a secret key of the run stands outside of the key files: files of the run, and arguments and environments
+    of a process and all below it."""
+    texts = {
+        str(path): path.read_bytes()
+        for path in (*run.path.rglob("*"), *run.path.parent.parent.glob("*.log"))
+        if path.is_file() and path not in (run.keys / "learner.json", run.actor_keys)
+    }
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)] if pid else []
+    for process in processes:
+        for name in ("cmdline", "environ"):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                texts[f"{name} of {process.pid}"] = Path(f"/proc/{process.pid}/{name}").read_bytes()
+    assert not pid or any(name.startswith("environ") for name in texts)
+    secrets = [read_json(path)["secret"].encode() for path in (run.keys / "learner.json", run.actor_keys)]
+    return [name for name, text in texts.items() for secret in secrets if secret in text]
+
+
 def status(run: RunDir) -> dict[str, Any]:
     return read_json(run.status) or {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,9 +17,10 @@ import psutil
 import pytest
 
 from learner.intake.journal import read_steps
-from protocol.rundir import RunDir, read_json, read_jsonl
+from protocol.keys import allow, load_actor_keys, make_keys
+from protocol.rundir import RunDir, read_json, read_jsonl, replace_file
 from protocol.scaling import read_members
-from tests.run_harness import TANDEM, Command, Terminal, left_behind, open_to_the_network, status
+from tests.run_harness import TANDEM, Command, Terminal, left_behind, open_to_the_network, secrets_shown, status
 from tests.tiny_model import make_tiny_model
 
 RECIPE = """
@@ -219,6 +222,7 @@ def test_ctrl_c_checkpoints_and_resume_completes_the_run(recipe: Path, tmp_path:
     with Command(["train", str(recipe), "--runs", str(run.path.parent)], tmp_path / "first.log") as first:
         first.until(reached(run, 3), "third step", 120)
         assert open_to_the_network(first.process.pid) == []
+        assert secrets_shown(run, first.process.pid) == []
         first.process.send_signal(signal.SIGINT)
         assert first.wait(60) == 3, first.output()
         assert f"tandem train --resume {run.path}" in first.output()
@@ -246,6 +250,7 @@ def test_ctrl_c_checkpoints_and_resume_completes_the_run(recipe: Path, tmp_path:
     assert versions == list(range(1, len(versions) + 1)), "numbers only grow, also across the resume"
     assert (run.model / "model.safetensors").exists()
     assert not run.endpoint.exists(), "nobody listens there any more"
+    assert secrets_shown(run) == []
 
 
 @pytest.mark.timeout(300)
@@ -318,6 +323,42 @@ def test_killed_learner_is_restarted_and_replays_its_journal(recipe: Path, tmp_p
     assert replayed and int(replayed[1]) > 0
 
 
+@pytest.mark.timeout(300)
+def test_actor_that_is_not_allowed_says_what_to_do_and_goes_on_when_it_is(recipe: Path, tmp_path: Path) -> None:
+    """The whole way, in processes: a key of another run, refused and named on both sides, then allowed."""
+    run = RunDir(tmp_path / "runs" / "cli")
+    make_keys(tmp_path / "other")
+    other = load_actor_keys(tmp_path / "other" / "actor.json")
+    learner = ["learner", str(recipe), "--runs", str(run.path.parent), "--set", "steps=3"]
+    with Command(learner, tmp_path / "learner.log") as left:
+        left.until(run.endpoint.exists, "endpoint", 120)
+        mixed = tmp_path / "mixed.json"
+        pair = read_json(tmp_path / "other" / "actor.json")
+        replace_file(mixed, json.dumps(pair | {"learner": read_json(run.actor_keys)["learner"]}), mode=0o600)
+        address = read_json(run.endpoint)["work"]
+        with Command(["actor", address, "--key", str(mixed)], tmp_path / "actor.log") as right:
+            right.until(lambda: f"put its public key {other.own.public} into" in right.output(), "the refusal", 60)
+            left.until(lambda: f"key {other.own.public[:8]}… is not on the allow-list" in left.output(), "its name", 60)
+            allow(run.keys / "allowed", "other", other.own.public)
+            assert left.wait(120) == 0, left.output()
+            assert right.wait(60) == 0, right.output()
+        assert secrets_shown(run) == []
+    summary = read_json(run.summary)
+    assert summary["connections_refused"]["rejected"] >= 1
+    assert list(summary["peers_rejected"]) == [f"127.0.0.1, key {other.own.public[:8]}…"]
+    assert_trained_once_each(run, 3)
+
+
+@pytest.mark.timeout(120)
+def test_learner_without_keys_does_not_start(recipe: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run").create()
+    shutil.copy(recipe, run.recipe)
+    learner = [sys.executable, "-m", "learner", "--run", str(run.path), "--model", model_of(recipe)]
+    ended = subprocess.run(learner, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 2, ended.stderr
+    assert f"{run.keys / 'learner.json'}: no such file; allowed: the keys that the launcher" in ended.stderr
+
+
 def learner_log(run: RunDir) -> str:
     return (run.logs / "learner.log").read_text()
 
@@ -328,7 +369,11 @@ def test_both_sides_by_hand(recipe: Path, tmp_path: Path) -> None:
     learner = ["learner", str(recipe), "--runs", str(run.path.parent), "--set", "steps=3"]
     with Command(learner, tmp_path / "learner.log") as left:
         left.until(run.endpoint.exists, "endpoint", 120)
-        with Command(["actor", str(run.endpoint)], tmp_path / "actor.log") as right:
+        key = tmp_path / "copy.json"
+        shutil.copy(run.actor_keys, key)  # with its mode
+        address = read_json(run.endpoint)["work"]
+        with Command(["actor", address, "--key", str(key)], tmp_path / "actor.log") as right:
+            assert secrets_shown(run, left.process.pid) == secrets_shown(run, right.process.pid) == []
             assert left.wait(120) == 0, left.output()
             assert right.wait(60) == 0, right.output()
         assert f"tandem actor {run.endpoint}" in left.output()
