@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import platform
@@ -20,13 +19,16 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from actor.engine import Engine
+from actor.finding import Address, FindLearner, finder
 from actor.follower import WeightFollower
 from actor.gate import EngineGate
 from actor.grading import GraderPool
 from actor.rollout import rollout
 from actor.staging import Staging
-from protocol.errors import EngineFailed
+from protocol.errors import EngineFailed, KeysError
 from protocol.messages import (
     Ack,
     Beat,
@@ -62,13 +64,6 @@ class LearnerRefused(Exception):
     """The learner does not want this actor, and says why."""
 
 
-def learner_address(learner: str) -> str:
-    """Address of the learner: an endpoint (tcp://HOST:PORT), or a file that it keeps up to date (endpoint.json)."""
-    if "://" in learner:
-        return learner
-    return str(json.loads(Path(learner).read_text())["work"])
-
-
 def make_engine(name: str) -> Engine:
     """The engine that the recipe names. Raises ValueError for an unknown one."""
     if name == "vllm":
@@ -87,28 +82,35 @@ class ActorLoop:
 
     def __init__(
         self,
-        learner: str,
+        learner: str | FindLearner,
         name: str,
         *,
         lost_learner_s: float = 120.0,
         engine: Engine | None = None,
         user_functions: Sequence[str] = (),
         user_path: str = "",
+        model: str = "",
     ) -> None:
-        """`user_functions`: the graders module:function that this actor may call, modules also from `user_path`. They
-        come from whoever starts the actor, never from the learner."""
-        self.learner = learner
+        """`learner`: finds it, or what `finding.finder` makes one of (an address, or the path of endpoint.json).
+        `user_functions`: the graders module:function that this actor may call, modules also from `user_path`. They
+        come from whoever starts the actor, never from the learner. `model`: directory with the model's configuration
+        and tokenizer on this machine; "": the one that the learner names."""
+        self.find = finder(learner) if isinstance(learner, str) else learner
+        self.learner = learner if isinstance(learner, str) else "an address not known yet"
+        """Where it is looked for, in words."""
         self.name = name
         self.incarnation = secrets.token_hex(4)
         self.lost_learner_s = lost_learner_s
         self.engine = engine
         self.user_functions, self.user_path = tuple(user_functions), user_path
+        self.model = model
         self.phase, self.phase_since = "connecting", time.monotonic()
         self.held: dict[TicketId, asyncio.Task[None]] = {}
         self.unacked: dict[TicketId, Group] = {}
         self._probing: set[asyncio.Task[None]] = set()
         self.slots = 0
         self.generated_tokens = self.grader_errors = 0
+        self._address = Address("")
         self._heard_at = time.monotonic()
         self._hello_at = 0.0
         self._leaving = ""
@@ -118,13 +120,13 @@ class ActorLoop:
     async def run(self) -> str:
         """Work until drained; returns the reason. Raises EngineFailed, LearnerLost or LearnerRefused."""
         self._done = asyncio.get_running_loop().create_future()
-        address = await self._find_learner()
-        self.link = Link(address, self.name, self.incarnation)
-        log.info("%s (incarnation %s) looks for the learner at %s", self.name, self.incarnation, address)
+        self._address = await self._find_learner()
+        self.link = Link(self._address.work, self.name, self.incarnation, keys=self._address.keys)
+        log.info("%s (incarnation %s) looks for the learner at %s", self.name, self.incarnation, self._address.work)
         error = ""
         reason = "told to stop"
         try:
-            self.welcome = await self._introduce(address)
+            self.welcome = await self._introduce()
             self.engine = self.engine or make_engine(str(self.welcome.engine.get("engine", "vllm")))
             reason = await self._work()
         except Exception as failure:
@@ -137,39 +139,49 @@ class ActorLoop:
             self.link.close()
         return reason
 
-    async def _find_learner(self) -> str:
-        """Address of the learner; waits for the file that names it, which the learner writes."""
+    async def _find_learner(self) -> Address:
+        """Address of the learner; waits for whoever names it. Raises KeysError for keys that cannot be used."""
         said = 0.0
         while True:
             try:
-                return learner_address(self.learner)
-            except (OSError, ValueError, KeyError) as error:
+                return await asyncio.to_thread(self.find)
+            except KeysError:
+                raise
+            except (OSError, ValueError) as error:
                 self._check_learner_alive()
                 if time.monotonic() - said > SAY_EVERY_S:
                     said = time.monotonic()
                     log.info("%s waits for a learner's address in %s (%s)", self.name, self.learner, error)
                 await asyncio.sleep(0.5)
 
-    async def _introduce(self, address: str) -> Welcome:
-        """Say hello until the learner answers. The address is looked up each time: the file may be an old one."""
+    async def _introduce(self) -> Welcome:
+        """Say hello until the learner answers. The address is looked up each time: it may be an old one."""
         said = time.monotonic()
         while True:
             self._check_learner_alive()
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                if (now := learner_address(self.learner)) != address:
-                    address = now
-                    self.link.reconnect(address)
+            await self._follow_learner()
             if time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
-                log.info("%s knocks at %s, nobody has answered for %.0f s", self.name, address, said - self._heard_at)
-            await self.link.send(self._hello())
+                silence = said - self._heard_at
+                log.info("%s knocks at %s, nobody has answered for %.0f s", self.name, self._address.work, silence)
             with contextlib.suppress(TimeoutError):
-                message = await asyncio.wait_for(self.link.receive(), HELLO_EVERY_S)
+                async with asyncio.timeout(HELLO_EVERY_S):  # of the sending, too: a refused socket takes nothing
+                    await self.link.send(self._hello())
+                    message = await self.link.receive()
                 self._heard_at = time.monotonic()
                 if isinstance(message, Refused):
                     raise LearnerRefused(message.reason)
                 if isinstance(message, Welcome):
                     return message
+
+    async def _follow_learner(self) -> bool:
+        """Connect to where the learner is now, with the keys that it wants now. False if nothing is known of a move."""
+        with contextlib.suppress(OSError, ValueError):
+            if (now := await asyncio.to_thread(self.find)) != self._address:
+                self.link.reconnect(now.work, now.keys)
+                self._address = now
+                return True
+        return False
 
     def _hello(self) -> Hello:
         self._hello_at = time.monotonic()
@@ -209,7 +221,8 @@ class ActorLoop:
             self._enter("starting engine")
             graders = GraderPool(workers, limit_s, user_functions=self.user_functions, user_path=self.user_path)
             async with graders as self.grader:  # first: it takes a tenth of a second, and a fault of a user's shows
-                await self._or_fail(self.engine.start(self.welcome), background)
+                here = msgspec.structs.replace(self.welcome, model=self.model or self.welcome.model)
+                await self._or_fail(self.engine.start(here), background)
                 self.link.open_weights(self.welcome.bulk, self.welcome.news)
                 self._enter("waiting for weights")
                 await self.link.send(self._hello())  # with the number of slots, now that it is known to be real
@@ -319,19 +332,17 @@ class ActorLoop:
             await self.link.send(self._heartbeat())
             await asyncio.sleep(self.welcome.heartbeat_s)
             self._check_learner_alive()
-            if time.monotonic() - self._heard_at > self.welcome.dead_after_s and "://" not in self.learner:
-                await self._look_up_again()
-
-    async def _look_up_again(self) -> None:
-        """A restarted learner may have another address: connect there, and say hello."""
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            self.link.reconnect(learner_address(self.learner))
-            await self.link.send(self._hello())
+            if time.monotonic() - self._heard_at > self.welcome.dead_after_s and await self._follow_learner():
+                await self.link.send(self._hello())
 
     def _check_learner_alive(self) -> None:
         silence = time.monotonic() - self._heard_at
         if silence > self.lost_learner_s:
-            raise LearnerLost(f"no word from the learner at {self.learner} for {silence:.0f} s")
+            why = self.link.problem if self._address.work else ""  # without an address there is no link yet
+            raise LearnerLost(
+                f"no word from the learner at {self._address.work or self.learner} for {silence:.0f} s"
+                f"{': ' if why else ''}{why}"
+            )
 
     def _heartbeat(self) -> Heartbeat:
         assert self.engine is not None

@@ -1,6 +1,6 @@
 """`make bench`: measure, print, and store in benchmarks/results/. Takes about 25 minutes on two cores.
 
-python -m benchmarks.run [--only weights,sleeping,vllm] [--steps N]
+python -m benchmarks.run [--only weights,curve,sleeping,vllm] [--steps N]
 """
 
 from __future__ import annotations
@@ -78,9 +78,27 @@ def print_weights(console: Console, result: dict[str, Any]) -> None:
         console.print(f"the engine's pause to load a version, the same for both: {result['pause_s']:.2f} s")
 
 
+def print_curve(console: Console, result: dict[str, Any]) -> None:
+    table = Table("", "plain", "CURVE", "plain / CURVE", "quartiles", title="over one hub, a second; medians")
+    for name, unit in (("groups", 1.0), ("dense", 1e6)):
+        row = result[name]
+        low, median, high = row["price"]
+        title = {"groups": "groups", "dense": "dense weights, MB"}[name]
+        rates = (f"{row[way] / unit:.0f}" for way in ("plain", "curve"))
+        table.add_row(title, *rates, f"{median:.2f}", f"{low:.2f} to {high:.2f}")
+    console.print(table)
+    flood = result["flood"]
+    low, median, high = flood["strangers_over_burning"]
+    console.print(
+        f"groups a second alone: {flood['alone']:.0f}; beside {flood['connections_per_s']:.0f} strangers' connections a"
+        f" second: {flood['strangers']:.0f}; beside the same CPU ({flood['cpu_share']:.2f} of a core) burned:"
+        f" {flood['burning']:.0f}; strangers / burning {median:.2f} (quartiles {low:.2f}, {high:.2f})"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="weights,sleeping,vllm", help="parts to measure")
+    parser.add_argument("--only", default="weights,curve,sleeping,vllm", help="parts to measure")
     parser.add_argument("--steps", type=int, default=8, help="steps of a run; the first and last do not count")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -92,6 +110,11 @@ def main() -> None:
 
             results[part] = weights_speed.measure()
             print_weights(console, results[part])
+        elif part == "curve":
+            from benchmarks import curve
+
+            results[part] = curve.measure()
+            print_curve(console, results[part])
         elif part in ("vllm", "sleeping"):
             from benchmarks import loop_speed
 
@@ -103,7 +126,7 @@ def main() -> None:
             results[part] = measured
             print_loop(console, part, measured)
         else:
-            parser.error(f"--only: found {part!r}, allowed: weights, sleeping, vllm")
+            parser.error(f"--only: found {part!r}, allowed: weights, curve, sleeping, vllm")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{results['machine']['date']}-{results['machine']['commit'] or 'uncommitted'}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")

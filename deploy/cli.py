@@ -15,12 +15,12 @@ import typer
 from rich.console import Console
 
 from deploy.data_cli import data_app
+from protocol.addresses import is_loopback
 from protocol.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from deploy.ray_cluster import GpuShares
     from protocol.config import Recipe
     from protocol.rundir import RunDir
 
@@ -45,7 +45,10 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. optim.lr=2e-5; repeatable.")
 ]
 RunsDir = Annotated[Path, typer.Option("--runs", help="Directory that holds the runs.")]
-RayAddress = Annotated[str, typer.Option("--ray-address", help="Join this Ray cluster instead of starting Ray here.")]
+RayAddress = Annotated[
+    str,
+    typer.Option("--ray-address", envvar="RAY_ADDRESS", help="Join this Ray cluster instead of starting Ray here."),
+]
 
 
 @app.command()
@@ -143,16 +146,19 @@ def learner(
     """The learner's side by hand: prints the address for `tandem actor` in another terminal."""
     from deploy.datasets import resolve_task
     from deploy.preflight import preflight
+    from deploy.site import this_machine
     from learner.__main__ import main as learner_main
     from protocol.config import load_recipe
+    from protocol.keys import make_keys
 
-    recipe, _ = _with_gpus(load_recipe(recipe_path, (*(overrides or ()), "actor.count=0")))
+    recipe = this_machine(load_recipe(recipe_path, (*(overrides or ()), "actor.count=0"))).recipe
     recipe = resolve_task(recipe, console.print)
     model = preflight(recipe, console.print)
     run = _new_run(recipe, runs)
     _write_recipe(recipe, run)
     if recipe.needs_actors:
-        _print_actor_command(run)
+        make_keys(run.keys)
+        _print_actor_command(recipe, run)
     code = learner_main(["--run", str(run.path), "--model", str(model)])
     if code == 3:
         _print_resume(run)
@@ -162,6 +168,7 @@ def learner(
 @app.command()
 def actor(
     learner_address: Annotated[str, typer.Argument(metavar="LEARNER", help="tcp://HOST:PORT or RUN/endpoint.json")],
+    key: Annotated[str, typer.Option(metavar="FILE", help="Copy of RUN/keys/actor.json; not needed beside it.")] = "",
     name: Annotated[str, typer.Option(help="Unique among the actors of the run; default: host and process.")] = "",
     grader: Annotated[
         list[str] | None,
@@ -171,8 +178,32 @@ def actor(
     """One rollout actor by hand, without Ray. What it needs to know comes from the learner, but for code of yours."""
     from actor.__main__ import main as actor_main
 
-    options = ["--name", name] if name else []
+    options = [*(["--name", name] if name else []), *(["--key", key] if key else [])]
     raise typer.Exit(actor_main([learner_address, *options, *(f"--grader={function}" for function in grader or ())]))
+
+
+@app.command()
+def scale(
+    count: Annotated[int, typer.Argument(metavar="N", min=0, help="Rollout actors that the run is to have.")],
+    name: Annotated[str, typer.Argument(metavar="[RUN]", help="Name or directory; default: the only one.")] = "",
+    runs: RunsDir = Path("runs"),
+    ray_address: Annotated[
+        str, typer.Option("--ray-address", help="A run of this Ray cluster, started on any of its machines.")
+    ] = "",
+    wait: Annotated[bool, typer.Option("--wait", help="Until all serve, and the surplus has left.")] = False,
+    timeout_s: Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Of --wait.")] = 900.0,
+) -> None:
+    """Change the number of rollout actors of a run while it goes on. 0: the learner waits until there are some."""
+    from deploy.scale import follow, running_run
+    from protocol.scaling import Wish
+
+    with running_run(name, runs, ray_address) as run:
+        before = run.leave_wish(Wish(count, "tandem scale"))
+        console.print(f"{run.name}: {before} -> {count} actors", soft_wrap=True, highlight=False)
+        reached = follow(run, count, _dim, wait, timeout_s if wait else 60.0)
+    if wait and not reached:
+        _print_error("not reached:", f"after {timeout_s:g} s not all of {count} actors serve")
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -226,20 +257,21 @@ def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> No
     from deploy.preflight import preflight
     from deploy.progress import ProgressView
     from deploy.report import print_report
+    from deploy.site import open_site
     from protocol.rundir import read_json
 
     began = time.monotonic()
-    recipe, gpus = _with_gpus(recipe)
     recipe = resolve_task(recipe, _dim)
     model = preflight(recipe, _dim, ray_address)
-    run = make_run()
-    console.print(f"run {run.path}", soft_wrap=True)
-    with run.lock("launcher"):
-        _write_recipe(recipe, run)
-        if recipe.needs_actors and not recipe.actor.count:
-            _print_actor_command(run)
-        with ProgressView(console, recipe.name) as view:
-            code = launch(recipe, run, model, view, gpus, ray_address)
+    with open_site(recipe, ray_address, _dim) as site:
+        recipe, run = site.recipe, make_run()
+        console.print(f"run {run.path}", soft_wrap=True)
+        with run.lock("launcher"):
+            _write_recipe(recipe, run)
+            if recipe.needs_actors and not recipe.actor.count:
+                _print_actor_command(recipe, run)
+            with ProgressView(console, recipe.name) as view:
+                code = launch(site, run, model, view)
     status = read_json(run.status) or {}
     if code == 0:
         print_report(run, console)
@@ -256,15 +288,6 @@ def _dim(text: str) -> None:
     console.print(text, style="dim", highlight=False)
 
 
-def _with_gpus(recipe: Recipe) -> tuple[Recipe, GpuShares]:
-    """The recipe with this machine's GPUs divided between the two sides."""
-    from deploy.preflight import gpu_count
-    from deploy.ray_cluster import share_gpus, visible_gpus
-
-    gpus = share_gpus(recipe, visible_gpus(gpu_count()))
-    return recipe.model_copy(update={"actor": recipe.actor.model_copy(update={"gpus": gpus.each_actor})}), gpus
-
-
 def _print_resume(run: RunDir) -> None:
     """How to go on with a stopped run; where its last checkpoint stands."""
     steps = run.checkpoint_steps()
@@ -273,8 +296,15 @@ def _print_resume(run: RunDir) -> None:
     console.print(text, soft_wrap=True, highlight=False)
 
 
-def _print_actor_command(run: RunDir) -> None:
+def _print_actor_command(recipe: Recipe, run: RunDir) -> None:
+    wire = recipe.wire
     text = f"once it listens, in another terminal:\n  tandem actor {run.endpoint}"
+    if not is_loopback(wire.address):
+        key = "" if wire.no_keys_on_trusted_network else f" --key {run.actor_keys.name}"
+        text += (
+            f"\nor, on a machine that does not see this directory{f', with a copy of {run.actor_keys}' if key else ''}:"
+            f"\n  tandem actor tcp://{wire.address}:{wire.port or 'PORT'}{key}"
+        )
     console.print(text, soft_wrap=True, highlight=False)
 
 

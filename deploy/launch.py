@@ -17,12 +17,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from actor.staging import engine_prefix, safe_name
-from deploy.ray_cluster import GpuShares, ray_runtime, rollout_actors
-from protocol.config import Recipe
+from deploy.crew import Crew
+from deploy.progress import View
+from deploy.site import Site
 from protocol.errors import DeadlineExceeded
+from protocol.keys import make_keys
 from protocol.rundir import RunDir, read_json
 
 log = logging.getLogger(__name__)
@@ -36,14 +37,6 @@ MAX_LEARNER_RESTARTS = 3
 STOPPED = 3
 NO_RESTART = (0, 2, STOPPED, 4, 5)
 """Exit codes of the learner that a restart cannot mend; see `learner/outcome.py`."""
-
-
-class View(Protocol):
-    """Shows people what goes on (`deploy/progress.py`)."""
-
-    def note(self, text: str) -> None: ...
-
-    def update(self, status: dict[str, Any]) -> None: ...
 
 
 @dataclass
@@ -90,23 +83,23 @@ class Interrupts:
                 os.dup2(nowhere.fileno(), stream)
 
 
-def launch(recipe: Recipe, run: RunDir, model: Path, view: View, gpus: GpuShares, ray_address: str = "") -> int:
+def launch(site: Site, run: RunDir, model: Path, view: View) -> int:
     """Run to the end, or until interrupted. Returns the learner's exit code; everything started here has ended then."""
     interrupts = Interrupts()
+    draws = site.recipe.needs_actors
     with interrupts.caught(), contextlib.ExitStack() as stack:
         run.status.unlink(missing_ok=True)
+        if draws:
+            make_keys(run.keys)
         stack.callback(remove_left_over, run)
-        learner = stack.enter_context(LearnerProcess(run, model, gpus.learner))
-        if recipe.actor.count and recipe.needs_actors:
-            view.note("starting Ray")
-            if gpus.actors and not ray_address:
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.actors)
-            stack.enter_context(ray_runtime(recipe, ray_address))
+        crew = stack.enter_context(Crew(site, run, model, view)) if draws else None
+        learner = stack.enter_context(LearnerProcess(run, model, site))
+        if crew and site.recipe.actor.count:
+            crew.open()  # while the learner loads the model
             interrupts.arm()
+        if crew:
             _wait_for_endpoint(run, learner, view, interrupts)
-            if not interrupts.count and learner.poll() not in NO_RESTART:  # actors also wait for a restarted learner
-                stack.enter_context(rollout_actors(recipe, run))
-        return _watch(run, learner, view, interrupts)
+        return _watch(run, learner, crew, view, interrupts)
 
 
 def _wait_for_endpoint(run: RunDir, learner: LearnerProcess, view: View, interrupts: Interrupts) -> None:
@@ -119,13 +112,17 @@ def _wait_for_endpoint(run: RunDir, learner: LearnerProcess, view: View, interru
         time.sleep(POLL_S)
 
 
-def _watch(run: RunDir, learner: LearnerProcess, view: View, interrupts: Interrupts) -> int:
-    """Show the learner's state until it ends; restart it when it was killed, pass interrupts on."""
+def _watch(run: RunDir, learner: LearnerProcess, crew: Crew | None, view: View, interrupts: Interrupts) -> int:
+    """Show the learner's state until it ends; restart it when it was killed, pass interrupts on, keep actors right."""
     stopping_since = 0.0
     while True:
         code = learner.poll()
         interrupts.leave_closed_terminals()
-        view.update(read_json(run.status) or {})
+        status = read_json(run.status) or {}
+        if crew and not interrupts.count and code not in NO_RESTART:  # actors also wait for a restarted learner
+            crew.tick(status)
+            interrupts.arm()
+        view.update(status | (crew.figures() if crew else {}))
         if code is not None:
             if interrupts.count and code not in NO_RESTART:
                 return STOPPED  # it was told to go, however it went
@@ -146,11 +143,14 @@ def _watch(run: RunDir, learner: LearnerProcess, view: View, interrupts: Interru
 class LearnerProcess:
     """The learner as a child in a session of its own, so that Ctrl-C reaches only the launcher."""
 
-    def __init__(self, run: RunDir, model: Path, gpus: list[str]) -> None:
-        """`gpus`: names for CUDA_VISIBLE_DEVICES; empty: the environment stays as it is."""
-        self.run, self.model = run, model
+    def __init__(self, run: RunDir, model: Path, site: Site) -> None:
+        self.run, self.model, self.site = run, model, site
         # On a CPU the learner shares its cores with engines: threads that wait asleep leave them the core.
-        shares = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {"OMP_WAIT_POLICY": "PASSIVE"}
+        shares = (
+            {"CUDA_VISIBLE_DEVICES": ",".join(site.learner_gpus)}
+            if site.learner_gpus
+            else {"OMP_WAIT_POLICY": "PASSIVE"}
+        )
         self.environment = os.environ | shares
         self.restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -161,6 +161,7 @@ class LearnerProcess:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "learner", "--run", str(self.run.path), "--model", str(self.model)]
+        command += ["--host", self.site.learner_host] if self.site.learner_host else []
         with open(self.run.logs / "learner.log", "ab") as output:
             self._process = subprocess.Popen(
                 [*command, "--parent", str(os.getpid())],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from actor.grading import check_user_functions
 from actor.rewards import check_grader, user_functions_of
 from deploy.models import model_limits, resolve_model
 from deploy.ray_cluster import check_ray_address
+from protocol.addresses import PORTS
 from protocol.config import Recipe
 from protocol.errors import RecipeError
 
@@ -26,7 +28,8 @@ def preflight(recipe: Recipe, progress: Callable[[str], None], ray_address: str 
             raise RecipeError(f"{key}: found {name!r}, which is no file; allowed: an existing JSONL file")
     check_task_grader(recipe.task.grader)
     check_device(recipe)
-    check_port(recipe.wire.host, recipe.wire.port)
+    if recipe.needs_actors:
+        check_ports(recipe.wire.address, recipe.wire.port)
     if ray_address:
         check_ray_address(ray_address)
     try:
@@ -76,17 +79,21 @@ def gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise RecipeError if the work socket's port is taken."""
-    if not port:
-        return
+def check_ports(host: str, port: int) -> None:
+    """Raise RecipeError if the host is none of this machine's addresses, or one of the three ports is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise RecipeError(
-                f"wire.port: found {port}, which cannot be bound on {host} ({error.strerror}); allowed: a free port,"
-                " or 0 for any"
-            ) from None
+    for number in range(port, port + PORTS) if port else [0]:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, number))
+            except OSError as error:
+                if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
+                    raise RecipeError(
+                        f"wire.host: found {host!r}, which is no address of this machine; allowed: one of its own"
+                    ) from None
+                which = "" if number == port else f", but {number} is needed, too (bulk and news follow work)"
+                raise RecipeError(
+                    f"wire.port: found {port}{which}, which cannot be bound on {host} ({error.strerror}); allowed: the"
+                    f" first of {PORTS} free ports, or 0 for any"
+                ) from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -16,6 +16,17 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+
+class View(Protocol):
+    """Shows people what goes on. The launcher feeds it."""
+
+    def note(self, text: str) -> None:
+        """A line that stays: something that happened once."""
+
+    def update(self, status: dict[str, Any]) -> None:
+        """The learner's present state, and the launcher's figures of its actors."""
+
 
 SPARKS = "▁▂▃▄▅▆▇█"
 LINE_EVERY_S = 15.0

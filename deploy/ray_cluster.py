@@ -1,4 +1,4 @@
-"""Ray for a run: one of its own on loopback, or a cluster joined with `--ray-address`; the rollout actors in it; GPUs.
+"""Ray for a run: one of its own on loopback, or a cluster joined with `--ray-address`; this machine's GPUs.
 
 A Ray of our own lives in a temporary directory that is removed afterwards. In a joined cluster the actors run on the
 launcher's own node, since the learner's sockets are on loopback; its Ray must accept the token of this environment.
@@ -20,7 +20,7 @@ from typing import Any
 
 from protocol.config import Recipe
 from protocol.errors import RecipeError
-from protocol.rundir import OWNER_FILE, RunDir
+from protocol.rundir import OWNER_FILE
 
 RAY_DIR_PREFIX = "tandem-ray-"
 CONNECT_S = 5.0
@@ -103,21 +103,37 @@ def visible_gpus(count: int) -> list[str]:
 def ray_runtime(recipe: Recipe, address: str) -> Iterator[None]:
     """Ray while the run lasts: joined where an address is given, else one of our own on loopback.
 
-    Raises RecipeError for a cluster that cannot be joined."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    Raises RecipeError for a cluster that cannot be joined, OSError for a Ray that does not start."""
+    if address:
+        with join(address):
+            yield
+        return
     with contextlib.ExitStack() as stack:
-        options: dict[str, Any] = {"address": address} if address else _own_ray(recipe, stack)
-        import ray  # after the environment is set: Ray reads token and addresses when it is loaded
-
-        stack.callback(ray.shutdown)
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+            _init(stack, _own_ray(recipe, stack))
         except Exception as error:  # Ray raises plain ones, too
-            if not address:
-                raise OSError(f"Ray did not start on this machine (is it overloaded?): {error}") from error
+            raise OSError(f"Ray did not start on this machine (is it overloaded?): {error}") from error
+        yield
+
+
+@contextlib.contextmanager
+def join(address: str) -> Iterator[None]:
+    """A cluster that somebody else started, while the context lasts. Raises RecipeError if it cannot be joined."""
+    with contextlib.ExitStack() as stack:
+        try:
+            _init(stack, {"address": address})
+        except Exception as error:
             raise RecipeError(f"--ray-address: {address!r} cannot be joined: {error}") from None
         yield
+
+
+def _init(stack: contextlib.ExitStack, options: dict[str, Any]) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray  # after the environment is set: Ray reads token and addresses when it is loaded
+
+    stack.callback(ray.shutdown)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
 
 
 def check_ray_address(address: str) -> None:
@@ -165,51 +181,3 @@ def _make_ray_token(path: Path) -> None:
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
-
-
-@contextlib.contextmanager
-def rollout_actors(recipe: Recipe, run: RunDir) -> Iterator[list[Any]]:
-    """The run's rollout actors, removed at the end. Ray restarts them in between.
-
-    Raises RecipeError if this node has not what they ask for."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from actor.cluster import RemoteRolloutActor
-    from actor.rewards import user_functions_of
-
-    node = ray.get_runtime_context().get_node_id()
-    check_resources(recipe, next(entry["Resources"] for entry in ray.nodes() if entry["NodeID"] == node))
-    actors = [
-        RemoteRolloutActor.options(
-            name=f"tandem-{run.label}-actor-{number}",
-            num_cpus=recipe.actor.cpus,
-            num_gpus=recipe.actor.gpus,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-        ).remote(
-            str(run.endpoint),
-            f"actor-{number}",
-            str(run.logs / f"actor-{number}.log"),
-            recipe.wire.lost_learner_s,
-            user_functions_of(recipe.task.grader),
-            os.getcwd(),
-        )
-        for number in range(recipe.actor.count)
-    ]
-    try:
-        yield actors
-    finally:
-        for actor in actors:
-            with contextlib.suppress(Exception):
-                ray.kill(actor, no_restart=True)
-
-
-def check_resources(recipe: Recipe, node: dict[str, float]) -> None:
-    """Raise RecipeError if the actors can never fit a node with these resources, as Ray names them."""
-    for key, kind, each in (("actor.cpus", "CPU", recipe.actor.cpus), ("actor.gpus", "GPU", recipe.actor.gpus)):
-        has = node.get(kind, 0.0)
-        if each * recipe.actor.count > has:
-            raise RecipeError(
-                f"{key}: found {each:g} for each of {recipe.actor.count} actors, but the Ray node of this machine has"
-                f" {has:g} {kind}s in all; allowed: at most {has / recipe.actor.count:g}"
-            )

@@ -12,8 +12,10 @@ started them, turns every exit code but 0 into 1, and opens ports of its own on 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
@@ -28,6 +30,15 @@ from protocol.errors import EngineFailed, RecipeError
 from protocol.rundir import RunDir, read_json, write_json
 
 
+def raise_file_limit() -> None:
+    """As many open files as the system allows this process: each connection takes one, a stranger's, too, and the
+    usual limit of 1024 would leave the hub little to tell them apart from actors with."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # a limit of the kernel's own below the hard one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m learner", description=__doc__)
     parser.add_argument(  # torchrun takes --run for one of its own, although it stands behind the module
@@ -35,11 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory of the model to train")
     parser.add_argument("--parent", type=int, default=0, help="process id of the launcher: end when it ends")
+    parser.add_argument("--host", default="", help="address to listen at instead of wire.host, given by a launcher")
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    raise_file_limit()
     run = RunDir(options.run).create()
     try:
         place = Place(options.rank, options.size, options.store) if options.rank else under_torchrun()
@@ -51,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, stop.set)  # before `_learn`'s imports, which take seconds
         with run.lock("learner"):
-            return _learn(run, options.model, stop, place)
+            return _learn(run, options.model, stop, place, options.host)
     except RecipeError as error:  # the status is the other process's
         logging.error("%s", error)
         return EXIT_USER
@@ -80,13 +93,14 @@ def _follow(run: RunDir, model: Path, place: Place, parent: int) -> int:
     return EXIT_FINISHED
 
 
-def _learn(run: RunDir, model: Path, stop: StopFlag, place: Place | None) -> int:
-    """The run, and its outcome as an exit code. `place`: given by torchrun, which has started the other ranks."""
+def _learn(run: RunDir, model: Path, stop: StopFlag, place: Place | None, host: str = "") -> int:
+    """The run, and its outcome as an exit code. `place`: given by torchrun, which has started the other ranks.
+    `host`: address to listen at instead of the recipe's."""
     from learner.joining import joined
     from learner.loop import Learner
 
     try:
-        recipe = load_recipe(run.recipe)
+        recipe = load_recipe(run.recipe, (f'wire.host="{host}"',) if host else ())
         with _ranks(recipe, run, model, place) as own, joined(own, recipe.learner.device) as ranks:
             finished = Learner(recipe, run, model, stop, ranks)()
     except Exception as error:

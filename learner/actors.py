@@ -17,6 +17,7 @@ from typing import Any
 from learner.intake.dispatcher import Dispatcher
 from learner.intake.journal import Journal, read_failed, read_filtered, read_groups_with_offsets
 from learner.intake.probes import ProbeResult, Probes
+from learner.intake.scaling import ScaleWatch
 from learner.intake.server import ActorsSeen, IntakeServer
 from learner.intake.source import Source, WaitReporter
 from learner.methods.grpo import equal_rewards
@@ -24,6 +25,7 @@ from learner.outcome import EXIT_FAILED, exit_code
 from learner.publish import Publisher, Versions
 from protocol.codec import Limits
 from protocol.config import Recipe
+from protocol.keys import load_learner_keys
 from protocol.messages import Ticket, TicketId, Welcome
 from protocol.rundir import RunDir, read_json, write_json
 from protocol.sockets import Hub
@@ -31,6 +33,8 @@ from protocol.sockets import Hub
 log = logging.getLogger(__name__)
 
 LEAVE_TIMEOUT_S = 5.0
+LAUNCHER_KEYS = {"count", "cpus", "drain_s", "wait_for_room", "start_timeout_s", "grader_timeout_s"}
+"""Of the recipe's `[actor]`: what engines have no use for."""
 MAX_FILTERED_BATCHES = 8
 """`rollout.max_filtered_per_step`'s default, in batches of groups."""
 
@@ -62,10 +66,13 @@ class Actors:
             max_filtered_per_step=limit if rollout.dynamic_sampling else 0,
         )
         self.run, self.versions = run, versions
+        self._worked = (0.0, 0.0)
+        """Busy and serving seconds of all actors when they were last asked for."""
         self.journal = Journal(run.journal, fsync=recipe.wire.journal_fsync)
         probes = Probes(recipe.parity_every, recipe.seed, vocabulary, recipe.model.max_model_len)
+        scale = ScaleWatch(run, recipe.actor.drain_s)
         self.server = IntakeServer(
-            hub, dispatcher, self.journal, welcome, recipe.wire, rollout.straggler_s, vocabulary, probes
+            hub, dispatcher, self.journal, welcome, recipe.wire, rollout.straggler_s, vocabulary, probes, scale
         )
         self.server.newest_before = versions.next - 1
         self.source = Source(self.server, report, should_stop)
@@ -102,8 +109,10 @@ class Actors:
         learner will be started again after this error: then they wait for it, as after a kill."""
         hub = self.server.hub
         self.server.start()
-        write_json(self.run.endpoint, {"work": hub.work_endpoint})
+        write_json(self.run.endpoint, {"work": hub.work_endpoint, "keys": hub.keys is not None})
         log.info("the learner listens at %s", hub.work_endpoint)
+        if hub.keys is None:
+            log.warning("no keys (wire.no_keys_on_trusted_network): whoever reaches it can act as an actor")
         comes_back = False
         try:
             yield
@@ -130,6 +139,16 @@ class Actors:
         with self.server.lock:
             return {peer.name: peer.hello.pid for peer in self.server.peers.values()}
 
+    def work_since_last(self) -> dict[str, float]:
+        """How many actors serve now, and which share of their serving time they had requests since this was asked."""
+        with self.server.lock:
+            totals = self.server.totals
+            now = totals.busy_s, totals.serving_s
+            serving = sum(peer.version > 0 and peer.drain is None for peer in self.server.peers.values())
+        (busy, served), self._worked = (now[0] - self._worked[0], now[1] - self._worked[1]), now
+        share = min(1.0, busy / served) if served > 0 else 0.0
+        return {"actors_serving": float(serving), "actors_busy_share": share}
+
     def seen(self) -> ActorsSeen:
         """A copy of what is known of actors, for a checkpoint."""
         with self.server.lock:
@@ -143,14 +162,19 @@ class Actors:
 
 
 def bind(recipe: Recipe, run: RunDir) -> Hub:
-    """The hub on the recipe's port, or else on that of the run's earlier process, if it is free: actors that outlived
-    it find this one at once. Otherwise on any: they look into endpoint.json."""
+    """The hub on the recipe's ports, or else on the work port of the run's earlier process, if it is free: actors that
+    outlived it find this one at once. Otherwise on any: they look into endpoint.json.
+
+    Raises KeysError without the run's keys, unless the recipe says that the network is trusted."""
     wire, endpoint = recipe.wire, read_json(run.endpoint)
     limits = Limits(max_frame_bytes=wire.max_frame_mib << 20)
+    trusted = wire.no_keys_on_trusted_network
+    keys = None if trusted else load_learner_keys(run.keys)
     if not wire.port and endpoint:
+        earlier = int(endpoint["work"].rpartition(":")[2])
         with contextlib.suppress(OSError):
-            return Hub(wire.host, int(endpoint["work"].rpartition(":")[2]), limits)
-    return Hub(wire.host, wire.port, limits)
+            return Hub(wire.address, earlier, limits, keys, trusted=trusted)
+    return Hub(wire.address, wire.port, limits, keys, trusted=trusted, consecutive=bool(wire.port))
 
 
 def welcome(recipe: Recipe, run: RunDir, model_path: Path, hub: Hub) -> Welcome:
@@ -171,5 +195,5 @@ def welcome(recipe: Recipe, run: RunDir, model_path: Path, hub: Hub) -> Welcome:
         chunk_bytes=recipe.weights.chunk_mib << 20,
         window=recipe.weights.window,
         grader_timeout_s=recipe.actor.grader_timeout_s,
-        engine=recipe.actor.model_dump(exclude={"count", "cpus", "start_timeout_s", "grader_timeout_s"}),
+        engine=recipe.actor.model_dump(exclude=LAUNCHER_KEYS),
     )

@@ -79,6 +79,8 @@ def run_summary(recipe: Recipe, state: RunState, actors: Actors | None, versions
             "max": process["max"],
         },
         "frames_dropped": dict(server.hub.faults.counts) if server else {},
+        "connections_refused": dict(server.hub.turned_away.counts) if server else {},
+        "peers_rejected": server.hub.rejected if server else {},
     }
 
 

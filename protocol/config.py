@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from protocol.errors import RecipeError
 from protocol.sections import (
     ActorConfig,
+    AutoscaleConfig,
     CheckpointConfig,
     DpoConfig,
     EvalConfig,
@@ -44,10 +45,13 @@ DEFAULT_STEPS = 15
 RESUMABLE_KEYS = (
     "steps", "token_budget", "optim.lr", "optim.schedule", "optim.min_lr_ratio", "optim.max_grad_norm",
     "checkpoint.every_steps", "checkpoint.keep", "actor.count", "actor.max_running", "actor.kv_cache_gib",
-    "actor.threads", "actor.gpus", "learner.microbatch_tokens", "learner.packing", "learner.threads",
-    "learner.device", "learner.processes", "wire.port", "eval.examples_shown", "eval.every_steps", "eval.share",
-    "guard.policy", "guard.lr_factor", "guard.max_rollbacks", "weights.chunk_mib", "weights.window", "weights.parity",
-    "weights.parity_every", "weights.parity_nats", "weights.anchor_every",
+    "actor.threads", "actor.gpus", "actor.cpus", "actor.drain_s", "actor.wait_for_room",
+    "autoscale.enabled", "autoscale.min_actors", "autoscale.max_actors", "autoscale.window_steps",
+    "autoscale.patience", "learner.microbatch_tokens", "learner.packing", "learner.threads",
+    "learner.device", "learner.processes", "wire.host", "wire.port", "wire.no_keys_on_trusted_network",
+    "eval.examples_shown", "eval.every_steps", "eval.share", "guard.policy", "guard.lr_factor",
+    "guard.max_rollbacks", "weights.chunk_mib", "weights.window", "weights.parity", "weights.parity_every",
+    "weights.parity_nats", "weights.anchor_every",
 )  # fmt: skip
 """Keys that `--resume` may change: none of them alters what the finished steps meant."""
 
@@ -74,6 +78,7 @@ class Recipe(Section):
     guard: GuardConfig = GuardConfig()
     learner: LearnerConfig = LearnerConfig()
     actor: ActorConfig = ActorConfig()
+    autoscale: AutoscaleConfig = AutoscaleConfig()
     weights: WeightsConfig = WeightsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     wire: WireConfig = WireConfig()
@@ -240,6 +245,12 @@ class Recipe(Section):
             )
 
     def _check_sizes(self) -> None:
+        scale = self.autoscale
+        if scale.enabled and not scale.min_actors <= self.actor.count <= scale.max_actors:
+            raise ValueError(
+                f"actor.count: found {self.actor.count}, allowed with autoscale.enabled: {scale.min_actors} to"
+                f" {scale.max_actors}, its limits"
+            )
         if self.method == "grpo" and self.grpo.max_token_lag >= self.rollout.max_lag:
             raise ValueError(
                 f"grpo.max_token_lag: found {self.grpo.max_token_lag}, allowed: -1 (off), or less than"

@@ -42,5 +42,9 @@ class DeadlineExceeded(TimeoutError):
         self.what = what
 
 
+class KeysError(ValueError):
+    """Keys that cannot be used: names the file, what was found and what is allowed. Never holds a secret."""
+
+
 class RecipeError(ValueError):
     """A recipe that cannot run: names the key, what was found and what is allowed."""

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from protocol.errors import RecipeError
 
 OWNER_FILE = "owner.pid"
 """In a temporary directory: the process it belongs to, so that leftovers of a killed one can be told and removed."""
+
+ASKED_S = 0.2
+"""Longer than `RunDir.is_held` holds a lock."""
 
 USERS_FILE = "users.lock"
 """In a temporary directory that several processes share: each holds a shared lock on it while it lives."""
@@ -35,8 +39,28 @@ class RunDir:
 
     @property
     def endpoint(self) -> Path:
-        """{"work": tcp://…}: where actors find the learner, also after it was restarted."""
+        """{"work": tcp://…, "keys": bool}: where actors find the learner, also after it was restarted."""
         return self.path / "endpoint.json"
+
+    @property
+    def scale(self) -> Path:
+        """How many actors are wanted (`protocol/scaling.py`)."""
+        return self.path / "scale.json"
+
+    @property
+    def actors(self) -> Path:
+        """How the launcher's actors get on (`protocol/scaling.py`)."""
+        return self.path / "actors.json"
+
+    @property
+    def keys(self) -> Path:
+        """Who may talk to the learner (`keys.py`): private, made by the launcher."""
+        return self.path / "keys"
+
+    @property
+    def actor_keys(self) -> Path:
+        """What an actor of the run needs to be let in."""
+        return self.keys / "actor.json"
 
     @property
     def status(self) -> Path:
@@ -118,15 +142,32 @@ class RunDir:
 
         Raises RecipeError if another process has the role."""
         with open(self.path / f"{role}.lock", "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise RecipeError(f"{self.path}: this run is in use by process {file.read() or 'unknown'}") from None
+            deadline = time.monotonic() + ASKED_S
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:  # else somebody may only have asked (`is_held`)
+                        file.seek(0)
+                        holder = file.read() or "unknown"
+                        raise RecipeError(f"{self.path}: this run is in use by process {holder}") from None
+                time.sleep(0.01)
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
             yield
+
+    def is_held(self, role: Literal["learner", "launcher"]) -> bool:
+        """Whether a process has the role now."""
+        try:
+            with open(self.path / f"{role}.lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     def create(self) -> RunDir:
         for directory in (self.path, self.journal.parent, self.checkpoints, self.eval, self.logs):

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from protocol.addresses import AUTO, bind_address, check_host, check_port_number
+
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -27,8 +29,6 @@ def _count_or_all(value: Any) -> Any:
 
 
 CountOrAll = Annotated[int | Literal["all"], BeforeValidator(_count_or_all)]
-
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 class Section(BaseModel):
@@ -285,7 +285,11 @@ class LearnerConfig(Section):
 
 class ActorConfig(Section):
     count: Count = 1
-    """Actors that the launcher starts; 0: actors are started by hand (`tandem actor`)."""
+    """Actors that the launcher starts; 0: none until `tandem scale`, or actors started by hand (`tandem actor`)."""
+    drain_s: PositiveFloat = 60.0
+    """Scaled down: time in which an actor may finish what it holds; then its tickets go back."""
+    wait_for_room: bool = False
+    """True: more actors than the cluster has room for are no error at the start; they wait until it grows."""
     engine: Literal["vllm", "fake"] = "vllm"
     max_running: Positive = 64
     """Completions that the engine runs at once."""
@@ -305,6 +309,23 @@ class ActorConfig(Section):
     grader_timeout_s: PositiveFloat = 5.0
     fake_token_s: NotNegative = 0.0
     """fake engine: seconds that one token takes (all completions at once), asleep."""
+
+
+class AutoscaleConfig(Section):
+    enabled: bool = False
+    """The launcher changes the number of actors by the measured waiting of both sides."""
+    min_actors: Positive = 1
+    max_actors: Positive = 8
+    window_steps: Positive = 4
+    """Steps that are looked at together; also the least between two changes."""
+    patience: Positive = 2
+    """Windows in a row, one for each step, that must ask for the same."""
+
+    @model_validator(mode="after")
+    def _limits(self) -> AutoscaleConfig:
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"min_actors: found {self.min_actors}, allowed: at most max_actors = {self.max_actors}")
+        return self
 
 
 class WeightsConfig(Section):
@@ -333,9 +354,12 @@ class CheckpointConfig(Section):
 
 
 class WireConfig(Section):
-    host: str = "127.0.0.1"
+    host: str = AUTO
+    """Address of one interface of the learner's machine. auto: loopback, or this node's address in a joined cluster."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port of the work socket; 0: a free one. Bulk and news always take free ones."""
+    """Port of the work socket; bulk takes the next one, news the one after. 0: free ones."""
+    no_keys_on_trusted_network: bool = False
+    """True: sockets without keys. Who reaches the ports can act as an actor, and read and change all that passes."""
     heartbeat_s: PositiveFloat = 1.0
     dead_after_s: PositiveFloat = 15.0
     """Silence after which an actor's leases are issued again."""
@@ -346,21 +370,16 @@ class WireConfig(Section):
     """True: an acknowledged group survives the machine; False: it survives the process."""
 
     @model_validator(mode="after")
-    def _loopback(self) -> WireConfig:
-        check_loopback(self.host)
+    def _addresses(self) -> WireConfig:
+        check_host(self.host)
+        check_port_number(self.port)
         if self.dead_after_s < 3 * self.heartbeat_s:
             raise ValueError(
                 f"dead_after_s: found {self.dead_after_s}, allowed: at least 3 x heartbeat_s = {3 * self.heartbeat_s}"
             )
         return self
 
-
-def check_loopback(host: str) -> None:
-    """Raise ValueError unless `host` is a loopback address: sockets are not yet authenticated."""
-    numbers = host.split(".")
-    in_127 = numbers[0] == "127" and len(numbers) == 4 and all(number.isdecimal() for number in numbers)
-    if host not in LOOPBACK_HOSTS and not in_127:
-        raise ValueError(
-            f"host: found {host!r}, allowed: a loopback address ({', '.join(LOOPBACK_HOSTS)}). Sockets carry no keys"
-            " yet, so they are not opened to a network; use an SSH tunnel between machines"
-        )
+    @property
+    def address(self) -> str:
+        """The numeric address to bind."""
+        return bind_address(self.host)

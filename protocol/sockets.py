@@ -1,13 +1,18 @@
-"""The learner's hub and the actor's link: the only users of zmq. They move messages and know nothing of their meaning.
+"""The learner's hub and the actor's link, the sockets between. They move messages and know nothing of their meaning.
 
 The hub is used by one thread (`learner/intake/server.py`) and never blocks: a peer whose pipe is full is counted, not
 waited for. The link lives in an actor's asyncio loop (`actor/loop.py`). Weight chunks have sockets of their own, so
 that gigabytes never stand in front of a heartbeat; they are pulled through a window, so that nothing piles up.
+
+With keys (`keys.py`) every connection is CURVE: encrypted, the learner proven to the actor and the actor to the learner
+(`door.py`). Without, sockets are bound to loopback only, unless the recipe says that the network is trusted.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import logging
 import secrets
 import socket
@@ -20,7 +25,11 @@ import zmq
 import zmq.asyncio
 
 from protocol import codec
+from protocol.addresses import bind_address, check_host, check_loopback
+from protocol.door import Door
 from protocol.errors import DeadlineExceeded, OversizedFrame, UnknownVersion, WeightsError, WireError
+from protocol.handshakes import HANDSHAKE_MS, Knocking, monitor
+from protocol.keys import ActorKeys, LearnerKeys
 from protocol.messages import (
     PROTOCOL_VERSION,
     Chunk,
@@ -33,7 +42,6 @@ from protocol.messages import (
     Update,
     UpdateRequest,
 )  # fmt: skip
-from protocol.sections import check_loopback
 from protocol.shelf import Shelf
 from protocol.weights import Snapshot, check_chain, check_manifest, chunk_ranges
 
@@ -50,6 +58,10 @@ CHUNK_ATTEMPTS = 6
 BULK_POLL_S = 0.5
 HARD_LIMIT_FACTOR = 4
 """ZeroMQ itself cuts the connection at this multiple of the frame limit; up to there a frame is refused and counted."""
+REQUEST_BYTES = 1 << 20
+"""The same where only requests and subscriptions come in: on the hub's bulk and news sockets."""
+BACKLOG = 1024
+"""Connections that wait for the hub to accept them: many actors, and a stranger's flood before them."""
 
 
 def peer_id(actor: str, incarnation: str) -> bytes:
@@ -67,33 +79,51 @@ def _socket(context: Any, kind: int, limits: codec.Limits) -> Any:
     sock.setsockopt(zmq.HEARTBEAT_IVL, TRANSPORT_HEARTBEAT_MS)
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, 4 * TRANSPORT_HEARTBEAT_MS)
     sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    sock.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     return sock
 
 
 class FaultCounter:
-    """Counts what goes wrong by kind and says so at most once a second."""
+    """Counts what goes wrong by kind and says so, of each kind at most once a second."""
 
     def __init__(self, what: str = "dropped a frame") -> None:
         self.what = what
         self.counts: Counter[str] = Counter()
-        self._last_log = 0.0
+        self._last_log: dict[str, float] = {}
 
     def __call__(self, fault: str, detail: object) -> None:
         self.counts[fault] += 1
         now = time.monotonic()
-        if now - self._last_log >= 1.0:
-            self._last_log = now
+        if now - self._last_log.get(fault, -1.0) >= 1.0:
+            self._last_log[fault] = now
             log.warning("%s (%s): %s; so far: %s", self.what, fault, detail, dict(self.counts))
 
 
 class Hub:
     """The learner's three sockets. Single-threaded but for `wake`, which any thread may call."""
 
-    def __init__(self, host: str, port: int, limits: codec.Limits = codec.DEFAULT_LIMITS) -> None:
-        """Bind the sockets. Raises ValueError for an address that is not loopback, OSError for a port in use."""
-        check_loopback(host)
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        limits: codec.Limits = codec.DEFAULT_LIMITS,
+        keys: LearnerKeys | None = None,
+        *,
+        trusted: bool = False,
+        consecutive: bool = False,
+    ) -> None:
+        """Bind the sockets to a numeric address. `trusted`: without keys all the same, on any. `consecutive`: bulk and
+        news on the ports after the work socket's, else on free ones.
+
+        Raises ValueError for an address that may not be bound so, OSError for one that cannot, or a port in use."""
+        check_host(host)
+        if keys is None and not trusted:
+            check_loopback(host)
+        host = bind_address(host)
         self.limits = limits
         self.faults = FaultCounter()
+        self.turned_away = FaultCounter("turned away a connection")
+        self.keys = keys
         self.shelf = Shelf()
         self.bytes_sent = 0
         """Of weights: chunks, and the deltas inside news times those who listen."""
@@ -102,10 +132,12 @@ class Hub:
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
+        self._door = Door(self._context, keys, self.turned_away)
+        ports = [port, port + 1, port + 2] if consecutive else [port, 0, 0]
         try:
-            self._work = self._bind(zmq.ROUTER, host, port)
-            self._bulk = self._bind(zmq.ROUTER, host, 0)
-            self._news = self._bind(zmq.XPUB, host, 0)
+            self._work = self._bind(zmq.ROUTER, host, ports[0])
+            self._bulk = self._bind(zmq.ROUTER, host, ports[1], REQUEST_BYTES)
+            self._news = self._bind(zmq.XPUB, host, ports[2], REQUEST_BYTES)
         except BaseException:
             self.close()
             raise
@@ -113,11 +145,21 @@ class Hub:
             sock.getsockopt_string(zmq.LAST_ENDPOINT) for sock in (self._work, self._bulk, self._news)
         )
         self._poller = zmq.Poller()
-        for source in (self._work, self._bulk, self._news, self._wake_out):
+        for source in (self._work, self._bulk, self._news, self._wake_out, *self._door.sources()):
             self._poller.register(source, zmq.POLLIN)
 
-    def _bind(self, kind: int, host: str, port: int) -> zmq.Socket[bytes]:
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Peers whose key was not allowed, by address and the key's first characters: how often each came."""
+        return self._door.rejected
+
+    def _bind(self, kind: int, host: str, port: int, at_most: int = 0) -> zmq.Socket[bytes]:
+        """`at_most`: bytes beyond which ZeroMQ cuts the connection, if that is less than for any frame."""
         sock: zmq.Socket[bytes] = _socket(self._context, kind, self.limits)
+        sock.setsockopt(zmq.BACKLOG, BACKLOG)
+        if at_most:
+            sock.setsockopt(zmq.MAXMSGSIZE, min(at_most, self.limits.max_frame_bytes * HARD_LIMIT_FACTOR))
+        self._door.guard(sock)
         if kind == zmq.ROUTER:
             sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if kind == zmq.XPUB:
@@ -129,6 +171,11 @@ class Hub:
             sock.bind(f"tcp://{address}:{port or '*'}")
         except zmq.ZMQError as error:
             sock.close(0)
+            if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
+                raise OSError(
+                    error.errno,
+                    f"wire.host: found {host}, which is no address of this machine; allowed: one of its own",
+                ) from None
             raise OSError(
                 error.errno,
                 f"wire.port: found {port} on {host}, which cannot be bound ({error}); allowed: a free one, or 0",
@@ -141,6 +188,7 @@ class Hub:
         Waits at most `timeout_s` for anything to arrive; `wake` cuts the wait short.
         """
         ready = dict(self._poller.poll(int(timeout_s * 1000)))
+        self._door.turn(ready)
         if self._wake_out.fileno() in ready:
             self._drain_wakeups()
         if self._news in ready:
@@ -230,11 +278,18 @@ class Link:
     """An actor's connection to the learner. Used inside one asyncio loop."""
 
     def __init__(
-        self, endpoint: str, actor: str, incarnation: str, limits: codec.Limits = codec.DEFAULT_LIMITS
+        self,
+        endpoint: str,
+        actor: str,
+        incarnation: str,
+        limits: codec.Limits = codec.DEFAULT_LIMITS,
+        keys: ActorKeys | None = None,
     ) -> None:
         """Connect the work socket (ZeroMQ connects in the background). Raises ValueError for a malformed endpoint."""
         self.limits = limits
         self.faults = FaultCounter()
+        self._keys = keys
+        self._knocking = Knocking(lambda: self._keys.own.public if self._keys else "")
         self._context = zmq.asyncio.Context()
         self._actor, self._incarnation = actor, incarnation
         self._work: zmq.asyncio.Socket = _socket(self._context, zmq.DEALER, limits)
@@ -242,36 +297,77 @@ class Link:
         self._news: zmq.asyncio.Socket = _socket(self._context, zmq.SUB, limits)
         self._news.setsockopt(zmq.SUBSCRIBE, b"")
         self._connected: dict[zmq.asyncio.Socket, str] = {}
+        self._connections: Counter[zmq.asyncio.Socket] = Counter()
         self._bulk_connections = 0
         try:
             self._connect(self._work, endpoint)
         except ValueError:
             self.close()
             raise
+        for name, sock in (("work", self._work), ("bulk", self._bulk), ("news", self._news)):
+            self._knock(name, sock)
+
+    def _knock(self, name: str, sock: zmq.asyncio.Socket) -> None:
+        """Have the socket connected anew for as long as the learner refuses it."""
+
+        def again() -> None:
+            self._bulk_connections += sock is self._bulk
+            self._connect(sock, self._connected[sock])
+            sock.get(zmq.EVENTS)  # whoever waits to send on it finds that it can
+
+        events = monitor(self._context, sock, Knocking.EVENTS)
+        self._knocking.start(name, events, lambda: (self._connected.get(sock, ""), self._connections[sock]), again)
+
+    @property
+    def problem(self) -> str:
+        """Why the learner does not let this actor in; "" if it does, or if nobody is there."""
+        return self._knocking.problem
 
     def _connect(self, sock: zmq.asyncio.Socket, endpoint: str) -> None:
         """Connect a socket, leaving its earlier peer. The socket stays: closing it would cancel whoever waits on it."""
         if before := self._connected.pop(sock, ""):
-            sock.disconnect(before)
+            with contextlib.suppress(zmq.ZMQError):  # refused: ZeroMQ has given it up already
+                sock.disconnect(before)
         if sock is not self._news:
             sock.setsockopt(zmq.IDENTITY, peer_id(self._actor, self._incarnation))  # of the connection made next
         sock.setsockopt(zmq.IPV6, "[" in endpoint)
+        sock.setsockopt(zmq.CURVE_SERVER, 0)  # back to a connection without keys
+        if self._keys:
+            sock.setsockopt(zmq.CURVE_SERVERKEY, self._keys.learner.encode())
+            sock.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.own.public.encode())
+            sock.setsockopt(zmq.CURVE_SECRETKEY, self._keys.own.secret.encode())
         try:
             sock.connect(endpoint)
         except zmq.ZMQError as error:
-            if before:
-                self._connect(sock, before)
             raise ValueError(f"learner address: found {endpoint!r}, allowed: tcp://HOST:PORT ({error})") from None
         self._connected[sock] = endpoint
+        self._connections[sock] += 1
 
-    def reconnect(self, endpoint: str) -> None:
-        """Leave the work socket's connection for another address, under a new routing id. What was queued is lost."""
-        self._connect(self._work, endpoint)
+    def _lead(self, sock: zmq.asyncio.Socket, endpoint: str, keys: ActorKeys | None) -> None:
+        """Connect a socket elsewhere, or leave all as it was."""
+        before, keys_before = self._connected.get(sock, ""), self._keys
+        self._keys = keys
+        try:
+            self._connect(sock, endpoint)
+        except ValueError:
+            self._keys = keys_before
+            if before:
+                self._connect(sock, before)
+            raise
+
+    def reconnect(self, endpoint: str, keys: ActorKeys | None) -> None:
+        """Leave the work socket's connection for another address, under a new routing id. What was queued is lost.
+
+        `keys`: those of every connection from now on; where they change, the other sockets are connected anew, too."""
+        before = self._keys
+        self._lead(self._work, endpoint, keys)
+        if keys != before and self._bulk in self._connected:
+            self.open_weights(self._connected[self._bulk], self._connected[self._news])
 
     def open_weights(self, bulk: str, news: str) -> None:
         """Connect to the learner's bulk and news sockets, replacing earlier connections."""
-        self._connect(self._bulk, bulk)
-        self._connect(self._news, news)
+        self._lead(self._bulk, bulk, self._keys)
+        self._lead(self._news, news, self._keys)
         self._bulk_connections += 1
 
     async def receive(self) -> Message:
@@ -303,7 +399,7 @@ class Link:
 
     async def send(self, message: Message) -> None:
         """Queue a message. Blocks this coroutine only if ten thousand messages wait already."""
-        await self._work.send_multipart(codec.encode(message))
+        await self._put(self._work, message)
 
     async def fetch_update(self, base: int = 0, base_digest: str = "") -> Update:
         """The newest version, and the way to it from a base that is at hand.
@@ -331,7 +427,7 @@ class Link:
 
         async def request(offset: int, length: int, attempts: int) -> None:
             flying[offset] = (length, time.monotonic(), attempts)
-            await self._send_bulk(ChunkRequest(version, offset, length, form))
+            await self._put(self._bulk, ChunkRequest(version, offset, length, form))
 
         async def fill_window() -> None:
             while todo and len(flying) < window:
@@ -359,7 +455,7 @@ class Link:
     async def _ask(self, request: Message, fits: Callable[[Any], bool], what: str) -> Any:
         connection = self._bulk_connections
         for _ in range(CHUNK_ATTEMPTS):
-            await self._send_bulk(request)
+            await self._put(self._bulk, request)
             deadline = time.monotonic() + CHUNK_TIMEOUT_S
             while (left := deadline - time.monotonic()) > 0:
                 message = await self._bulk_reply(left, connection)
@@ -369,19 +465,26 @@ class Link:
                     return message
         raise DeadlineExceeded(f"{what} from the learner", CHUNK_ATTEMPTS * CHUNK_TIMEOUT_S)
 
-    async def _send_bulk(self, message: Message) -> None:
-        await self._bulk.send_multipart(codec.encode(message))
+    async def _put(self, sock: zmq.asyncio.Socket, message: Message) -> None:
+        frames = codec.encode(message)
+        while True:
+            try:
+                await sock.send_multipart(frames)
+                return
+            except zmq.Again:  # the learner refused the connection in this moment: wait for the next one
+                await asyncio.sleep(0)
 
     async def _bulk_reply(self, timeout_s: float, connection: int) -> Message | None:
         """Next message on the bulk socket; None if there is none for a while. Raises WeightsError if the socket was
         connected anew since `connection`: what was asked of the learner before is lost."""
         ready = await self._bulk.poll(min(timeout_s, BULK_POLL_S) * 1000)
         if connection != self._bulk_connections:
-            raise WeightsError("the learner was restarted during a pull")
+            raise WeightsError("the connection was made anew during a pull")
         return await self._receive(self._bulk) if ready else None
 
     def close(self) -> None:
         """Close all sockets; what is queued is sent for at most LINGER_MS."""
+        self._knocking.stop()
         self._context.destroy(LINGER_MS)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from protocol import codec
 from protocol.deltas import payload_digest
+from protocol.keys import LearnerKeys
 from protocol.messages import Delta, DeltaPart, Message
 from protocol.sockets import Hub
 from protocol.weights import Snapshot, layout, make_snapshot
@@ -38,8 +39,14 @@ def delta(base: Snapshot, new: Snapshot, size: int = 10) -> tuple[Delta, bytes]:
 class RunningHub:
     """A hub polled by a thread. `run` calls a function in that thread, as only it may touch the sockets."""
 
-    def __init__(self, port: int = 0, limits: codec.Limits | None = None, answer: Callable[..., Any] | None = None):
-        self.hub = Hub("127.0.0.1", port, limits or codec.Limits())
+    def __init__(
+        self,
+        port: int = 0,
+        limits: codec.Limits | None = None,
+        answer: Callable[..., Any] | None = None,
+        keys: LearnerKeys | None = None,
+    ) -> None:
+        self.hub = Hub("127.0.0.1", port, limits or codec.Limits(), keys)
         self.received: list[tuple[bytes, Message]] = []
         self._answer = answer or (lambda hub, peer, message: None)
         self._calls: list[Callable[[], None]] = []
@@ -64,7 +71,9 @@ class RunningHub:
     def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
-            assert time.monotonic() < deadline, f"received {self.received}, faults {self.hub.faults.counts}"
+            assert time.monotonic() < deadline, (
+                f"received {self.received[-5:]}, faults {self.hub.faults.counts}, {self.hub.turned_away.counts}"
+            )
             time.sleep(0.005)
 
     def __enter__(self) -> RunningHub:

@@ -14,6 +14,7 @@ import msgspec
 
 from learner.intake.dispatcher import Dispatcher
 from learner.intake.journal import Journal, read_groups
+from learner.intake.scaling import ScaleWatch
 from learner.intake.server import IntakeServer
 from learner.intake.source import Source
 from protocol.deltas import DeltaCoder
@@ -58,6 +59,7 @@ class Intake:
         token_s: float = 0.0,
         run: str = RUN,
         version: int = 0,
+        scale: ScaleWatch | None = None,
     ) -> None:
         """`version`: the last one of an earlier process of this run, whose actors may be alive."""
         self.hub = Hub("127.0.0.1", port)
@@ -72,7 +74,9 @@ class Intake:
             engine={"engine": "fake", "max_running": 8, "fake_token_s": token_s, "grader_workers": 1},
         )  # fmt: skip
         wire = WireConfig(heartbeat_s=heartbeat_s, dead_after_s=dead_after_s)
-        self.server = IntakeServer(self.hub, self.dispatcher, self.journal, welcome, wire, straggler_s, 1000)
+        self.server = IntakeServer(
+            self.hub, self.dispatcher, self.journal, welcome, wire, straggler_s, 1000, scale=scale
+        )
         self.stop_requested = threading.Event()
         self.source = Source(self.server, lambda what, waited: None, self.stop_requested.is_set)
         self.version = self.server.newest_before = version

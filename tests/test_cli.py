@@ -16,6 +16,7 @@ import pytest
 
 from learner.intake.journal import read_steps
 from protocol.rundir import RunDir, read_json, read_jsonl
+from protocol.scaling import read_members
 from tests.run_harness import TANDEM, Command, Terminal, left_behind, open_to_the_network, status
 from tests.tiny_model import make_tiny_model
 
@@ -70,11 +71,15 @@ def reached(run: RunDir, step: int) -> Callable[[], bool]:
     return lambda: status(run).get("step", 0) >= step
 
 
-def assert_trained_once_each(run: RunDir, steps: int) -> None:
+def assert_in_order(run: RunDir, steps: int) -> None:
     """The last word of the journal on every step: its tickets, in order, none twice and none left out."""
     last = {step["step"]: [index for _, index in step["ids"]] for step in read_steps(run.journal)}
     assert sorted(last) == list(range(1, steps + 1))
     assert [index for step in sorted(last) for index in last[step]] == list(range(2 * steps))
+
+
+def assert_trained_once_each(run: RunDir, steps: int) -> None:
+    assert_in_order(run, steps)
     tickets = read_json(run.summary)["tickets"]
     assert tickets["issued"] == tickets["trained"] == 2 * steps
 
@@ -101,7 +106,7 @@ def test_help_loads_nothing_heavy() -> None:
         ('task.name="jsonl"', "task.train: found"),
         ('learner.device="cuda"', "learner.device: found"),
         ("learner.processes=2", "learner.processes: found 2, allowed here: 1, since no GPU is visible"),
-        ('wire.host="0.0.0.0"', "wire.host: found '0.0.0.0', allowed: a loopback address"),
+        ('wire.host="0.0.0.0"', "wire.host: found '0.0.0.0', allowed: \"auto\""),
     ],
 )
 def test_train_refuses_a_wrong_recipe_before_anything_starts(
@@ -353,3 +358,72 @@ def test_stopped_evaluation_goes_on_and_grades_with_the_users_function(recipe: P
 
 def model_of(recipe: Path) -> str:
     return str(recipe.parent / "tiny")
+
+
+def members(run: RunDir) -> dict[str, str]:
+    """What each actor does, as the launcher sees it."""
+    return {member.name: member.phase or member.state for member in read_members(run)}
+
+
+@pytest.mark.timeout(240)
+def test_scale_changes_the_number_of_actors_of_a_running_run(recipe: Path, tmp_path: Path) -> None:
+    """1 -> 2 -> 3, of which there is room for two -> 0 -> 1, and every ticket is trained on once."""
+    run = RunDir(tmp_path / "cli")
+    half = max(os.cpu_count() or 1, 2) / 2
+    arguments = ["train", str(recipe), "--runs", str(tmp_path), "--set", f"actor.cpus={half}"]
+
+    def scale(count: int, *options: str) -> str:
+        result = tandem("scale", str(count), "--runs", str(tmp_path), *options)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    with Command([*arguments, "--set", "actor.fake_token_s=0.02"], tmp_path / "log") as command:
+        command.until(reached(run, 2), "step 2", 120)
+        said = scale(2, "--wait")
+        assert "cli: 1 -> 2 actors" in said
+        assert "actor-1 serving on 127.0.0.1" in said
+        said = scale(3)
+        assert "actor-2 pending: it needs" in said
+        assert members(run)["actor-2"] == "pending"
+        assert f"actor-2 is pending: it needs {half:g} CPU" in command.output()
+        scale(0, "--wait")
+        command.until(lambda: "no actor is wanted" in status(run).get("waiting_for", ""), "a learner that waits", 30)
+        assert members(run) == {}
+        at = status(run)["step"]
+        assert "actor-0 serving on 127.0.0.1" in scale(1, "--wait")
+        command.until(reached(run, at + 5), "further steps", 60)
+        command.process.send_signal(signal.SIGINT)
+        assert command.wait(60) == 3
+        assert command.left_running() == []
+    steps = read_json(run.summary)["steps"]
+    assert_in_order(run, steps)
+    tickets = read_json(run.summary)["tickets"]
+    assert (tickets["trained"], tickets["failed"], tickets["dropped"]) == (2 * steps, 0, 0)
+    assert_refused(tandem("scale", "2", "--runs", str(tmp_path)), "are running, expected one or a name")
+
+
+def test_run_without_actors_gets_them_by_scaling(recipe: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "cli")
+    arguments = ["train", str(recipe), "--runs", str(tmp_path), "--set", "actor.count=0", "--set", "steps=4"]
+    with Command(arguments, tmp_path / "log") as command:
+        command.until(lambda: "no actor is wanted" in status(run).get("waiting_for", ""), "a learner that waits", 120)
+        assert tandem("scale", "1", "cli", "--runs", str(tmp_path)).returncode == 0
+        assert command.wait(120) == 0, command.output()
+        assert command.left_running() == []
+    assert_trained_once_each(run, 4)
+
+
+def test_autoscaling_brings_an_actor_to_a_learner_that_waits(recipe: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "cli")
+    half = max(os.cpu_count() or 1, 2) / 2
+    autoscale = {"enabled": "true", "max_actors": 2, "window_steps": 2, "patience": 1}
+    changed = {f"autoscale.{key}": value for key, value in autoscale.items()} | {"actor.cpus": half}
+    settings = [f"{key}={value}" for key, value in (changed | {"actor.fake_token_s": 0.1, "steps": 30}).items()]
+    arguments = ["train", str(recipe), "--runs", str(tmp_path)]
+    with Command([*arguments, *(part for text in settings for part in ("--set", text))], tmp_path / "log") as command:
+        command.until(lambda: members(run).get("actor-1") == "serving", "a second actor", 120)
+        said = [line for line in command.output().splitlines() if "autoscale" in line]
+        assert len(said) == 1
+        assert "1 -> 2 actors (autoscale: in 2 steps the learner waited" in said[0]
+        command.process.send_signal(signal.SIGINT)
+        assert command.wait(60) in (0, 3)

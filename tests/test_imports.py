@@ -23,8 +23,8 @@ FORBIDDEN_BETWEEN = {
 
 ONLY_IN = {
     "vllm": {"actor/vllm_engine.py", "actor/vllm_weights.py"},
-    "ray": {"actor/cluster.py", "deploy/ray_cluster.py", "deploy/doctor.py"},
-    "zmq": {"protocol/sockets.py"},
+    "ray": {"actor/cluster.py", "deploy/ray_cluster.py", "deploy/placement.py", "deploy/desk.py", "deploy/doctor.py"},
+    "zmq": {"protocol/sockets.py", "protocol/door.py", "protocol/handshakes.py", "protocol/keys.py"},
     "msgspec.msgpack": {"protocol/codec.py"},
     "torch.distributed": {"learner/joining.py", "learner/ranks.py", "learner/sharding.py"},
     "msgspec.json": {"actor/grading.py", "actor/grading_worker.py", "actor/slots.py"},
@@ -159,6 +159,12 @@ def test_protocol_loads_neither_torch_nor_ray_nor_vllm():
 def test_intake_loads_no_torch():
     loaded = modules_loaded_by(*module_names("learner/intake/"))
     assert not loaded & (HEAVY | {"actor", "deploy"})
+
+
+def test_launcher_loads_ray_only_when_it_starts_or_joins_one():
+    """Ray reads its token's place when it is loaded: loaded before that is said, it starts without a token."""
+    loaded = modules_loaded_by("deploy.cli", "deploy.launch", "deploy.site", "deploy.crew", "deploy.desk")
+    assert "ray" not in loaded
 
 
 @pytest.mark.parametrize("package", PACKAGES)

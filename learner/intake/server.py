@@ -20,6 +20,7 @@ import numpy as np
 from learner.intake.dispatcher import Dispatcher, is_train
 from learner.intake.journal import Journal
 from learner.intake.probes import Probes
+from learner.intake.scaling import ScaleWatch
 from protocol.messages import (
     Ack,
     Beat,
@@ -63,7 +64,11 @@ class Peer:
     last_seen: float
     connected_at: float
     beat: Heartbeat | None = None
-    draining: bool = False
+    beat_at: float = 0.0
+    """When it came; before the first: when the connection was made."""
+    drain: Drain | None = None
+    """What it was told when it was sent home."""
+    drained_at: float = 0.0
 
     @property
     def name(self) -> str:
@@ -94,6 +99,8 @@ class ActorTotals:
     generated_tokens: int = 0
     busy_s: float = 0.0
     """Seconds in which an engine had requests, over all actors."""
+    serving_s: float = 0.0
+    """Seconds in which an actor served a version, over all actors."""
     failures: list[str] = field(default_factory=list)
     """Errors that actors reported, newest last; emptied when a group arrives."""
 
@@ -155,8 +162,10 @@ class IntakeServer(threading.Thread):
         straggler_s: float,
         vocabulary: int,
         probes: Probes | None = None,
+        scale: ScaleWatch | None = None,
     ) -> None:
         super().__init__(name="intake", daemon=True)
+        self.scale = scale or ScaleWatch()
         self.probes = probes or Probes(0, 0, vocabulary, 1)
         self.hub = hub
         self.dispatcher = dispatcher
@@ -236,7 +245,8 @@ class IntakeServer(threading.Thread):
             now = time.monotonic()
             while self._offers:
                 self.hub.announce(*self._offers.popleft())
-            self._drain_peers()
+            self.scale.look(now)
+            self._drain_peers(now)
             self._bury_silent(now)
             self._cancel_stragglers(now)
             self._journal_failures()
@@ -290,15 +300,20 @@ class IntakeServer(threading.Thread):
                 self._replaced.add((hello.actor, before))
                 log.warning("%s is back as incarnation %s; %d leases go back", hello.actor, hello.incarnation, lost)
         self.known.incarnations[hello.actor] = hello.incarnation
+        peer = Peer(peer_id, hello, now, now, beat_at=now)
         for other in [other for other in self.peers.values() if other.name == hello.actor]:
             del self.peers[other.id]
-        self.peers[peer_id] = Peer(peer_id, hello, now, now)
+            if other.hello.incarnation == hello.incarnation:  # who was sent home stays sent home
+                peer.drain, peer.drained_at = other.drain, other.drained_at
+        self.peers[peer_id] = peer
         self.totals.max = max(self.totals.max, len(self.peers))
         self.hub.send(peer_id, self.welcome)
         self._compare(peer_id, hello.actor, hello, now)
 
     def _heartbeat(self, peer: Peer, beat: Heartbeat, now: float) -> None:
-        peer.beat = beat
+        if peer.version:
+            self.totals.serving_s += now - peer.beat_at
+        peer.beat, peer.beat_at = beat, now
         self.hub.send(peer.id, Beat(self.hub.shelf.version))
         self._compare(peer.id, peer.name, beat, now)
         if beat.swaps > self._swaps.get(peer.hello.incarnation, 0):
@@ -393,6 +408,9 @@ class IntakeServer(threading.Thread):
             self.totals.failures.append(f"{peer.name}: {why}")
         else:
             log.info("%s left (%s), %d leases go back", peer.name, message.reason, lost)
+            if peer.drain is not None:  # whoever comes under this name is no restart of it
+                self._replaced.add((peer.name, peer.hello.incarnation))
+                self.known.incarnations.pop(peer.name, None)
 
     def _bury_silent(self, now: float) -> None:
         for peer in list(self.peers.values()):
@@ -430,7 +448,7 @@ class IntakeServer(threading.Thread):
         free = {
             peer.id: peer.hello.slots * self.welcome.group_size - self.dispatcher.completions_of(peer.name)
             for peer in self.peers.values()
-            if peer.version and not peer.draining
+            if peer.version and peer.drain is None
         }
         while free:
             peer_id = max(free, key=lambda candidate: free[candidate])
@@ -444,8 +462,10 @@ class IntakeServer(threading.Thread):
                 self.dispatcher.give_back(ticket.id, peer.name, "its pipe is full", excused=True)
                 del free[peer_id]
 
-    def _drain_peers(self) -> None:
-        if self._drain is not None:
-            for peer in self.peers.values():
-                if not peer.draining:
-                    peer.draining = self.hub.send(peer.id, self._drain)
+    def _drain_peers(self, now: float) -> None:
+        """Send everybody home at the end, and the surplus at any time."""
+        for peer in self.peers.values():
+            order = self._drain or self.scale.order(peer.name, peer.drain, now - peer.drained_at)
+            if order is not None and order != peer.drain and self.hub.send(peer.id, order):
+                log.info("%s is sent home: %s", peer.name, order.reason)
+                peer.drain, peer.drained_at = order, now

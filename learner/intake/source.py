@@ -213,6 +213,8 @@ class Source:
                     self._check()
                     if self.should_stop():
                         raise Interrupted(what())
+                if not self.server.peers and self.server.scale.excuse():
+                    changed_at = now  # nobody can come: no deadline passes meanwhile
                 if now - changed_at > timeout_s:
                     raise DeadlineExceeded(what(), now - changed_at)
                 report = what() if now - reported > REPORT_EVERY_S else ""
@@ -256,7 +258,7 @@ class Source:
     def _actor_phases(self) -> str:
         peers = self.server.peers.values()
         if not peers:
-            return "no actor is connected"
+            return self.server.scale.excuse() or "no actor is connected"
         return ", ".join(
             f"{peer.name} {peer.beat.phase} ({peer.beat.phase_s:.0f} s)" if peer.beat else f"{peer.name} connecting"
             for peer in peers

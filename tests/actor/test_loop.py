@@ -24,7 +24,7 @@ from actor.engine import Generated
 from actor.fake_engine import FakeEngine, draw
 from actor.gate import EngineGate
 from actor.locks import FileLock
-from actor.loop import ActorLoop, LearnerLost, LearnerRefused, learner_address, make_engine
+from actor.loop import ActorLoop, LearnerLost, LearnerRefused, make_engine
 from actor.staging import SHARED_MEMORY
 from protocol.deltas import DeltaCoder
 from protocol.errors import EngineFailed, WeightsError
@@ -199,12 +199,6 @@ async def test_actor_gives_up_a_learner_that_is_gone(tmp_path: Path) -> None:
         await asyncio.wait_for(asyncio.shield(task), DEADLINE_S)
     assert not directory.exists()
     await stack.aclose()
-
-
-def test_learner_address_is_an_endpoint_or_a_file(tmp_path: Path) -> None:
-    assert learner_address("tcp://127.0.0.1:5") == "tcp://127.0.0.1:5"
-    (tmp_path / "endpoint.json").write_text(json.dumps({"work": "tcp://127.0.0.1:6"}))
-    assert learner_address(str(tmp_path / "endpoint.json")) == "tcp://127.0.0.1:6"
 
 
 def test_unknown_engine_is_refused_by_name() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from actor.staging import Staging, engine_prefix
 from deploy.launch import remove_left_over
-from deploy.ray_cluster import RAY_DIR_PREFIX, _short_directory, check_resources, share_gpus, visible_gpus
+from deploy.ray_cluster import RAY_DIR_PREFIX, _short_directory, share_gpus, visible_gpus
 from protocol.config import Recipe, parse_recipe
 from protocol.errors import RecipeError
 from protocol.rundir import RunDir
@@ -64,14 +64,6 @@ def test_share_gpus_divides_what_is_there(
 def test_share_gpus_refuses_what_does_not_fit(actor: dict[str, object], visible: list[str], complaint: str) -> None:
     with pytest.raises(RecipeError, match=complaint):
         share_gpus(recipe(**actor), visible)
-
-
-def test_check_resources_says_what_the_node_has() -> None:
-    check_resources(recipe(count=2, cpus=2.0), {"CPU": 4.0})
-    with pytest.raises(RecipeError, match=r"actor\.cpus: found 2 for each of 3 actors.* has 4 CPUs in all.*1\.33333"):
-        check_resources(recipe(count=3, cpus=2.0), {"CPU": 4.0})
-    with pytest.raises(RecipeError, match=r"actor\.gpus: found 1 for each of 1 actors.* has 0 GPUs in all"):
-        check_resources(recipe(gpus=1.0), {"CPU": 4.0})
 
 
 def test_ray_lives_in_a_directory_whose_sockets_have_short_names(

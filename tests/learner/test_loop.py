@@ -15,6 +15,7 @@ from learner.loop import Learner
 from learner.outcome import GuardStop
 from learner.ranks import ALONE, Ranks
 from protocol.config import Recipe, parse_recipe
+from protocol.keys import make_keys
 from protocol.rundir import RunDir, read_json, read_jsonl, write_json
 from tests.actor_harness import ActorThread, until
 from tests.tiny_model import make_tiny_model
@@ -72,6 +73,7 @@ def learn(
         watch(learner)
     if not recipe.needs_actors:
         return learner(), run
+    make_keys(run.keys)
     (directory / "coins.py").write_text(COINS)
     actor = ActorThread(str(run.endpoint))
     actor.loop.user_functions, actor.loop.user_path = ("coins:even", "coins:sevens"), str(directory)
@@ -246,6 +248,7 @@ def test_a_budget_of_tokens_ends_training_with_the_step_that_reaches_it(tmp_path
 def test_after_an_error_of_its_own_the_learner_finds_its_actors_waiting(tmp_path: Path, model: Path) -> None:
     """The launcher starts the learner again then, but not the actors."""
     run = RunDir(tmp_path).create()
+    make_keys(run.keys)
     (tmp_path / "coins.py").write_text(COINS)
     broken = Learner(recipe_of(), run, model, StopFlag())
     broken._report = lambda *_: 1 / 0  # type: ignore[method-assign, assignment]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import threading
 import time
 import tracemalloc
@@ -83,10 +84,46 @@ async def soon(awaitable: Awaitable[Any]) -> Any:
 # --- binding ---
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "*", "192.0.2.1", "example.org"])
-def test_hub_refuses_what_is_not_loopback(host: str) -> None:
-    with pytest.raises(ValueError, match="allowed: a loopback address"):
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1"])
+def test_hub_without_keys_refuses_what_is_not_loopback(host: str) -> None:
+    with pytest.raises(ValueError, match=f"wire.host: found '{host}', allowed without keys: a loopback address"):
         Hub(host, 0)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "*", "example.org"])
+def test_hub_refuses_a_wildcard_whoever_trusts_the_network(host: str) -> None:
+    with pytest.raises(ValueError, match="no wildcard"):
+        Hub(host, 0, trusted=True)
+
+
+def test_hub_names_an_address_that_is_not_of_this_machine() -> None:
+    with pytest.raises(OSError, match=r"wire\.host: found 192\.0\.2\.1, which is no address of this machine"):
+        Hub("192.0.2.1", 0, trusted=True)
+
+
+def test_hub_takes_three_ports_in_a_row_where_the_first_is_fixed() -> None:
+    port = three_free_ports()
+    hub = Hub("127.0.0.1", port, consecutive=True)
+    try:
+        endpoints = (hub.work_endpoint, hub.bulk_endpoint, hub.news_endpoint)
+        assert endpoints == tuple(f"tcp://127.0.0.1:{port + i}" for i in range(3))
+        with pytest.raises(OSError, match=rf"wire\.port: found {port} on"):
+            Hub("127.0.0.1", port, consecutive=True)
+        with pytest.raises(OSError, match=rf"wire\.port: found {port + 1} on"):
+            Hub("127.0.0.1", port + 1)
+    finally:
+        hub.close()
+
+
+def three_free_ports() -> int:
+    """The first of three that were free a moment ago."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as first:
+            port = first.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                socket.create_server(("127.0.0.1", port + 1)).close()
+                socket.create_server(("127.0.0.1", port + 2)).close()
+                return int(port)
 
 
 def test_hub_names_a_port_in_use() -> None:
@@ -206,7 +243,7 @@ def test_hub_ignores_what_subscribers_send() -> None:
             assert isinstance(codec.decode_from_learner(xsub.recv_multipart()), Update)
 
 
-def test_faults_are_logged_at_most_once_a_second(
+def test_faults_of_a_kind_are_logged_at_most_once_a_second(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 1000.0
@@ -221,6 +258,7 @@ def test_faults_are_logged_at_most_once_a_second(
         faults("malformed", "z")
     assert [record.getMessage() for record in caplog.records] == [
         "dropped a frame (malformed): x; so far: {'malformed': 1}",
+        "dropped a frame (oversized): y; so far: {'malformed': 500, 'oversized': 1}",
         "dropped a frame (malformed): z; so far: {'malformed': 501, 'oversized': 1}",
     ]
 
@@ -400,13 +438,13 @@ async def test_link_asks_for_the_next_chunk_before_it_writes_one() -> None:
     with RunningHub() as running:
         running.run(lambda: running.hub.announce(snapshot(1, 192)))
         async with link_to(running.hub) as link:
-            send = link._send_bulk
+            send = link._put
 
-            async def request(message: ChunkRequest) -> None:
+            async def request(sock: zmq.asyncio.Socket, message: ChunkRequest) -> None:
                 order.append(("ask", message.offset))
-                await send(message)
+                await send(sock, message)
 
-            with mock.patch.object(link, "_send_bulk", request):
+            with mock.patch.object(link, "_put", request):
                 await soon(link.fetch(1, 192, 64, 1, lambda offset, _: order.append(("write", offset))))
     assert order == [("ask", 0), ("ask", 64), ("write", 0), ("ask", 128), ("write", 64), ("write", 128)]
 
@@ -666,7 +704,7 @@ async def test_link_moves_to_another_address_without_disturbing_who_waits() -> N
             await soon(link.receive())
             waiting, news = asyncio.ensure_future(link.receive()), asyncio.ensure_future(link.news())
             await asyncio.sleep(0)
-            link.reconnect(second.hub.work_endpoint)
+            link.reconnect(second.hub.work_endpoint, None)
             link.open_weights(second.hub.bulk_endpoint, second.hub.news_endpoint)
             await link.send(HELLO)
             assert await soon(waiting) == Ack((TicketId(0, 1),))
@@ -679,7 +717,7 @@ async def test_link_moves_to_another_address_without_disturbing_who_waits() -> N
                 assert version < 400
             assert (await soon(link.fetch_update())).manifest.version == version
             with pytest.raises(ValueError, match="learner address: found 'bad'"):
-                link.reconnect("bad")
+                link.reconnect("bad", None)
             await link.send(HELLO)
             assert isinstance(await soon(link.receive()), Ack), "a malformed address changes nothing"
 
@@ -705,7 +743,7 @@ async def test_pull_from_a_learner_that_was_restarted_ends_at_once() -> None:
             await soon(router.recv_multipart())
             with RunningHub() as second:
                 link.open_weights(second.hub.bulk_endpoint, second.hub.news_endpoint)
-                with pytest.raises(WeightsError, match="the learner was restarted during a pull"):
+                with pytest.raises(WeightsError, match="the connection was made anew during a pull"):
                     await asyncio.wait_for(pulling, sockets.CHUNK_TIMEOUT_S / 2)
                 await asyncio.to_thread(second.run, lambda hub=second.hub: hub.announce(source))
                 assert (await soon(link.fetch_update())).manifest == source.manifest

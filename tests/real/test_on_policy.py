@@ -12,7 +12,7 @@ from tests.test_cli import RECIPE
 from tests.tiny_model import make_tiny_model
 
 STEPS = 8
-OF_TIME_ALONE = ("_s", "tokens_per_s")
+OF_TIME_ALONE = ("_s", "tokens_per_s", "_busy_share", "_serving")
 
 
 def trained(tmp_path: Path, name: str, *overrides: str) -> RunDir:

@@ -93,7 +93,7 @@ def test_actors_that_never_fit_are_refused(cluster: Cluster, recipe: Path, tmp_p
     arguments = ["train", str(recipe), "--runs", str(tmp_path), "--ray-address", cluster.address]
     with Command([*arguments, "--set", "actor.count=5"], tmp_path / "log", **cluster.environment()) as command:
         assert command.wait(120) == 2
-        assert "actor.cpus: found 1 for each of 5 actors" in command.output()
+        assert "actor.count: found 5 actors of 1 CPU each; this Ray cluster has" in command.output()
         assert command.left_running() == []
 
 
