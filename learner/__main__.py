@@ -77,7 +77,7 @@ def _follow(run: RunDir, model: Path, place: Place, parent: int) -> int:
         signal.signal(signum, signal.SIG_IGN)
     if parent:
         die_with_parent(parent, signal.SIGKILL)
-    from learner.ranks import joined
+    from learner.joining import joined
     from learner.trainer import Trainer
 
     recipe = load_recipe(run.recipe)
@@ -96,8 +96,8 @@ def _follow(run: RunDir, model: Path, place: Place, parent: int) -> int:
 def _learn(run: RunDir, model: Path, stop: StopFlag, place: Place | None, host: str = "") -> int:
     """The run, and its outcome as an exit code. `place`: given by torchrun, which has started the other ranks.
     `host`: address to listen at instead of the recipe's."""
+    from learner.joining import joined
     from learner.loop import Learner
-    from learner.ranks import joined
 
     try:
         recipe = load_recipe(run.recipe, (f'wire.host="{host}"',) if host else ())

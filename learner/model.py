@@ -32,7 +32,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from learner import sharding
 from learner.batch import PackedBatch, Row, Sample, pack_lines
-from learner.ranks import ALONE, Ranks, pick_device
+from learner.joining import pick_device
+from learner.ranks import ALONE, Ranks
 from learner.tensor_files import write_tensors
 from protocol.sections import LearnerConfig, ModelConfig
 

@@ -12,7 +12,6 @@ import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,12 +55,6 @@ def under_torchrun() -> Place | None:
     if size != local:
         raise RecipeError(f"torchrun: found {size} processes of which {local} are here, allowed: one machine")
     return Place(int(os.environ["RANK"]), size)
-
-
-def check_machine() -> None:
-    """Sharding needs shared directories and sockets of Linux."""
-    if sys.platform != "linux":
-        raise RecipeError(f"learner.processes: several need Linux, found {sys.platform}")
 
 
 @contextmanager

@@ -98,11 +98,11 @@ def flatten(state: dict[str, torch.Tensor]) -> tuple[tuple[TensorSpec, ...], tor
 
 
 def fill(specs: tuple[TensorSpec, ...], buffer: torch.Tensor, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy named tensors, in the order of the specs, to their places in a flat uint8 buffer, rounded to the types that
-    the specs name."""
-    for spec, (name, tensor) in zip(specs, tensors, strict=True):
-        assert spec.name == name, (spec.name, name)
-        tensor_view(spec, buffer).copy_(tensor)
+    """Copy named tensors to their places in a flat uint8 buffer, rounded to the types that the specs name."""
+    places = {spec.name: spec for spec in specs}
+    for name, tensor in tensors:
+        tensor_view(places.pop(name), buffer).copy_(tensor)
+    assert not places, f"no tensors for {', '.join(places)}"
 
 
 class Buffers:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import tomli_w
 
+from learner.joining import joined
 from learner.processes import started
-from learner.ranks import Ranks, joined
+from learner.ranks import Ranks
 from protocol.config import Recipe
 from protocol.rundir import RunDir
 

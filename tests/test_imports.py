@@ -26,7 +26,7 @@ ONLY_IN = {
     "ray": {"actor/cluster.py", "deploy/ray_cluster.py", "deploy/placement.py", "deploy/desk.py", "deploy/doctor.py"},
     "zmq": {"protocol/sockets.py", "protocol/door.py", "protocol/handshakes.py", "protocol/keys.py"},
     "msgspec.msgpack": {"protocol/codec.py"},
-    "torch.distributed": {"learner/ranks.py", "learner/sharding.py"},
+    "torch.distributed": {"learner/joining.py", "learner/ranks.py", "learner/sharding.py"},
     "msgspec.json": {"actor/grading.py", "actor/grading_worker.py", "actor/slots.py"},
 }
 """Module -> the only files that may use it."""

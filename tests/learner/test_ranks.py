@@ -12,8 +12,9 @@ import psutil
 import pytest
 import torch
 
+from learner.joining import joined
 from learner.processes import RankLost, started, under_torchrun
-from learner.ranks import ALONE, Order, Ranks, joined
+from learner.ranks import ALONE, Order, Ranks
 from protocol.config import parse_recipe
 from protocol.errors import RecipeError
 from protocol.rundir import RunDir, read_json, read_jsonl
@@ -26,11 +27,12 @@ ECHO = """
 import sys
 from pathlib import Path
 import learner.ranks as r
+from learner.joining import joined
 from learner.processes import Place, RankLost
 r.ORDER_S = float(sys.argv[1])
 options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 try:
-    with r.joined(Place(1, 2, Path(options["--store"])), "cpu") as ranks:
+    with joined(Place(1, 2, Path(options["--store"])), "cpu") as ranks:
         while (order := ranks.hear()).name != r.STOP:
             if order.name == "die":
                 sys.exit(9)

@@ -215,24 +215,3 @@ def test_what_is_not_finite_is_refused_by_all_ranks_and_training_goes_on(pair: P
         trainer.restart_optimizer()
     batch = sft.make_batch(PAIRS, 4)
     assert_close(*(trainer.train(batch, LR) for trainer in pair.both), what="after the refusal")  # type: ignore[arg-type]
-
-
-def test_bf16_arithmetic_is_that_of_one_process(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: FSDP rounds the masters as it gathers them, which must give the published bits. Logprobs of the same
-    microbatch are then the same bits, too; in an update every microbatch's bf16 gradient is summed in float32."""
-    as_published = "import learner.model as m\nm.pick_compute_dtype = lambda publish, device: publish"
-    monkeypatch.setattr("learner.model.pick_compute_dtype", lambda publish, device: publish)
-    recipe, run = recipe_of("bfloat16"), RunDir(tmp_path / "two")
-    one = Trainer(recipe, RunDir(tmp_path / "one").create(), model)
-    with two_ranks(recipe, run, model, as_published) as ranks:
-        two = Trainer(recipe, run, model, ranks)
-        assert one.model.compute_dtype == two.model.compute_dtype == torch.bfloat16
-        packed = pack(random_rows())
-        found = [trainer.logprobs(packed, True) for trainer in (one, two)]
-        assert torch.equal(found[0].logprobs, found[1].logprobs)
-        for trainer in (one, two):
-            trainer.keep_reference()
-        for a, b in zip(batches(one, 0), batches(two, 0), strict=True):
-            figures = [trainer.train(batch, LR) for trainer, batch in ((one, a), (two, b))]
-            for name in ("loss", "grad_norm", "tokens"):
-                assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-3, abs=1e-4), (a.loss, name)
