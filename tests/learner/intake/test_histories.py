@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import actor.loop
 from actor.loop import LearnerRefused
 from learner.intake import scaling
-from learner.intake.journal import KINDS, _records, read_groups, read_groups_with_offsets
+from learner.intake.journal import KINDS, _records, read_groups_with_offsets
 from protocol import codec
 from protocol.messages import Ack, Beat, Group, Hello, Refused, Rehello, TicketId, Welcome
 from protocol.rundir import RunDir
