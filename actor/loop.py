@@ -188,7 +188,7 @@ class ActorLoop:
         return Hello(
             actor=self.name,
             incarnation=self.incarnation,
-            slots=self.slots,
+            slots=0 if self._leaving else self.slots,  # this learner may not know that it was sent home
             held=tuple(self.held),
             unacked=tuple(self.unacked),
             version=self.engine.version if self.engine else 0,

@@ -65,7 +65,7 @@ class ActorThread:
         self.error: BaseException | None = None
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[str] | None = None
-        self._running = threading.Event()
+        self._running, self._thawed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name=name, daemon=True)
 
     async def _run(self) -> None:
@@ -92,6 +92,22 @@ class ActorThread:
         self.loop.link.send = swallow  # type: ignore[method-assign]
         self.cancel()
         self.join()
+
+    def freeze(self) -> None:
+        """As SIGSTOP does: it is silent until `thaw`, and believes afterwards that no time has passed."""
+        assert self._asyncio is not None
+        still = threading.Event()
+
+        def stand_still() -> None:
+            still.set()
+            self._thawed.wait(DEADLINE_S)
+
+        self._thawed.clear()
+        self._asyncio.call_soon_threadsafe(stand_still)
+        assert still.wait(DEADLINE_S), f"{self.loop.name} does not stand still ({self.loop.phase})"
+
+    def thaw(self) -> None:
+        self._thawed.set()
 
     def join(self) -> None:
         self._thread.join(DEADLINE_S)

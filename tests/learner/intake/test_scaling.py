@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from actor.fake_engine import FakeEngine
 from learner.intake.scaling import LOOK_S, ScaleWatch
 from protocol.errors import DeadlineExceeded
-from protocol.messages import Drain, Group, Ticket
+from protocol.messages import Drain, Group, Message, Ticket, Welcome
 from protocol.rundir import RunDir
 from protocol.scaling import Member, Wish, actor_number, read_members, read_wish, write_members, write_wish
 from tests.actor_harness import ActorThread, Puppet, begin, indices, train, until
@@ -219,3 +220,33 @@ def test_engine_of_a_drained_actor_serves_the_versions_that_its_tickets_need(run
             wish(run, 0)
             actor.join()
             assert actor.error is None
+
+
+def funeral(intake: Intake) -> bool:
+    """The intake finds that it has heard nobody for too long; whether it has."""
+    with intake.server.lock:
+        for peer in intake.server.peers.values():
+            peer.last_seen = -math.inf
+    intake.hub.wake()
+    return not intake.server.peers
+
+
+def test_actor_on_its_way_home_gets_nothing_from_a_learner_that_has_forgotten_that(run: RunDir, tmp_path: Path) -> None:
+    """Buried or restarted in between, the learner does not know of the drain, and the wish has grown meanwhile."""
+    wish(run, 1)
+    with Intake(tmp_path, token_s=3600.0, scale=ScaleWatch(run)) as intake:
+        sent: list[Message] = []
+        send = intake.hub.send
+        with ActorThread(intake.address, "actor-0") as actor:
+            begin(intake)
+            until(lambda: actor.loop.held, "a ticket")
+            wish(run, 0)
+            until(lambda: actor.loop.phase == "draining", "the drain")
+            wish(run, 1)
+            settled(intake, 1)
+            intake.hub.send = lambda peer, message: sent.append(message) or send(peer, message)  # type: ignore[func-returns-value,method-assign]
+            until(lambda: funeral(intake), "a funeral")
+            actor.join()
+            assert actor.reason == "scaled down to 0 actors"
+        assert [type(message) for message in sent if isinstance(message, (Welcome, Ticket))] == [Welcome]
+        assert not locked(intake, intake.dispatcher.holders)
