@@ -3,7 +3,9 @@
 A real hub with keys, dispatcher and journal in this process; real actor loops in processes of their own, with an engine
 that sleeps instead of computing. The joiner is a node of its own: it pulls a snapshot of 269 MB and checks it, beside
 the work of the others. Its process is there before, since a start of Python costs the cores here what it would cost
-those of another machine there. A round is a quiet window, then a join, from its hello to its confirmed version.
+those of another machine there. A round is a quiet window, then a join, from its hello to its confirmed version, then
+the same time beside a process that only burns the CPU seconds that the joiner took: those it would not take from here
+if it were on another machine.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from learner.intake.dispatcher import Dispatcher
 from learner.intake.journal import Journal
@@ -51,26 +55,33 @@ def measure() -> dict[str, Any]:
             source.resume_training()
             training = threading.Thread(target=_train, args=(source,), daemon=True)
             training.start()
-            before, during, seconds, first = [], [], [], []
+            before, during, burning, seconds, first = [], [], [], [], []
             for number in range(ROUNDS):
                 name = f"joiner-{number}"
                 with _actors(context, Path(directory), [name], own_node=True) as (go,):
                     before.append(_tokens_per_s(source, QUIET_S))
+                    joiner = psutil.Process(go.recv())
+                    spent = sum(joiner.cpu_times()[:2])
                     go.send(True)
                     began, tokens = time.monotonic(), server.rollout_tokens
                     _until(lambda: _serves(server, name), f"{name} to serve")  # noqa: B023 - called at once
                     served = time.monotonic()
                     during.append((server.rollout_tokens - tokens) / (served - began))
                     seconds.append(served - began)
+                    spent = sum(joiner.cpu_times()[:2]) - spent
                     _until(lambda: bool(server.dispatcher.leases_of(name)), f"a ticket of {name}")  # noqa: B023
                     first.append(time.monotonic() - served)
+                with _burner(context, spent) as start:
+                    start()
+                    burning.append(_tokens_per_s(source, seconds[-1]))
             source.should_stop = lambda: True
             training.join(TIMEOUT_S)
-    ratios = [low / high for low, high in zip(during, before, strict=True)]
     return {
         "others_tokens_per_s": statistics.median(before),
         "others_tokens_per_s_during": statistics.median(during),
-        "during_over_before": statistics.quantiles(ratios, n=4),
+        "others_tokens_per_s_beside_burning": statistics.median(burning),
+        "during_over_before": _quartiles(during, before),
+        "during_over_burning": _quartiles(during, burning),
         "join_s": statistics.median(seconds),
         "first_ticket_s": statistics.median(first),
         "snapshot_bytes": DENSE_BYTES,
@@ -127,6 +138,31 @@ def _tokens_per_s(source: Source, seconds: float) -> float:
     return (source.server.rollout_tokens - tokens) / (time.monotonic() - began)
 
 
+def _quartiles(some: list[float], others: list[float]) -> list[float]:
+    return statistics.quantiles([a / b for a, b in zip(some, others, strict=True)], n=4)
+
+
+@contextlib.contextmanager
+def _burner(context: Any, cpu_s: float) -> Iterator[Any]:
+    """A process that spends so many CPU seconds when it is told to."""
+    near, far = context.Pipe()
+    process = context.Process(target=_burn, args=(cpu_s, far))
+    process.start()
+    near.recv()
+    try:
+        yield lambda: near.send(True)
+    finally:
+        process.join(TIMEOUT_S)
+
+
+def _burn(cpu_s: float, pipe: Connection) -> None:
+    pipe.send("ready")
+    pipe.recv()
+    began = time.process_time()
+    while time.process_time() - began < cpu_s:
+        pass
+
+
 def _serves(server: IntakeServer, name: str) -> bool:
     return any(peer.name == name and peer.version > 0 for peer in list(server.peers.values()))
 
@@ -151,8 +187,8 @@ def _actors(context: Any, directory: Path, names: list[str], own_node: bool) -> 
     try:
         for process, pipe in zip(processes, pipes, strict=True):
             process.start()
-            pipe[0].recv()
             if not own_node:
+                pipe[0].recv()
                 pipe[0].send(True)
         yield [pipe[0] for pipe in pipes]
     finally:
@@ -170,7 +206,7 @@ def _act(directory: str, name: str, own_node: bool, pipe: Connection) -> None:
     if own_node:  # shared memory that nobody else sees
         staging.SHARED_MEMORY = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="/dev/shm"))  # type: ignore[misc]
     find = fixed((Path(directory) / "address").read_text(), str(Path(directory) / "keys" / "actor.json"))
-    pipe.send("ready")
+    pipe.send(os.getpid())
     pipe.recv()
 
     async def work() -> None:
@@ -184,5 +220,3 @@ def _act(directory: str, name: str, own_node: bool, pipe: Connection) -> None:
         import shutil
 
         shutil.rmtree(staging.SHARED_MEMORY, ignore_errors=True)
-
-

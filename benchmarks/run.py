@@ -1,6 +1,6 @@
 """`make bench`: measure, print, and store in benchmarks/results/. Takes about 25 minutes on two cores.
 
-python -m benchmarks.run [--only weights,curve,sleeping,vllm] [--steps N]
+python -m benchmarks.run [--only weights,curve,joining,sleeping,vllm] [--steps N]
 """
 
 from __future__ import annotations
@@ -78,6 +78,18 @@ def print_weights(console: Console, result: dict[str, Any]) -> None:
         console.print(f"the engine's pause to load a version, the same for both: {result['pause_s']:.2f} s")
 
 
+def print_joining(console: Console, result: dict[str, Any]) -> None:
+    table = Table("beside", "tokens/s of the others", title="an actor joins and pulls 269 MB; medians")
+    for name, key in (("nothing", ""), ("a joiner", "_during"), ("as much CPU burned", "_beside_burning")):
+        table.add_row(name, f"{result[f'others_tokens_per_s{key}']:.0f}")
+    console.print(table)
+    low, middle, high = result["during_over_before"]
+    console.print(
+        f"during / before: {middle:.2f} ({low:.2f}-{high:.2f}); a join takes {result['join_s']:.1f} s, the first ticket"
+        f" comes {result['first_ticket_s']:.3f} s after it"
+    )
+
+
 def print_curve(console: Console, result: dict[str, Any]) -> None:
     table = Table("", "plain", "CURVE", "plain / CURVE", "quartiles", title="over one hub, a second; medians")
     for name, unit in (("groups", 1.0), ("dense", 1e6)):
@@ -98,7 +110,7 @@ def print_curve(console: Console, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="weights,curve,sleeping,vllm", help="parts to measure")
+    parser.add_argument("--only", default="weights,curve,joining,sleeping,vllm", help="parts to measure")
     parser.add_argument("--steps", type=int, default=8, help="steps of a run; the first and last do not count")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -110,6 +122,11 @@ def main() -> None:
 
             results[part] = weights_speed.measure()
             print_weights(console, results[part])
+        elif part == "joining":
+            from benchmarks import joining
+
+            results[part] = joining.measure()
+            print_joining(console, results[part])
         elif part == "curve":
             from benchmarks import curve
 
@@ -126,7 +143,7 @@ def main() -> None:
             results[part] = measured
             print_loop(console, part, measured)
         else:
-            parser.error(f"--only: found {part!r}, allowed: weights, curve, sleeping, vllm")
+            parser.error(f"--only: found {part!r}, allowed: weights, curve, joining, sleeping, vllm")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{results['machine']['date']}-{results['machine']['commit'] or 'uncommitted'}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
