@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from protocol.rundir import RunDir, read_json
-from tests.run_harness import TANDEM, Command, left_behind
+from protocol.scaling import read_members
+from tests.run_harness import TANDEM, Command, left_behind, status
 from tests.test_cli import RECIPE
 from tests.tiny_model import make_tiny_model
 
@@ -43,7 +45,15 @@ def cluster() -> Iterator[Cluster]:
     """`ray start --head`, with a token, on a port that Ray picks; ended by its own process id."""
     directory = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     token = make_token(directory / "token")
-    ray = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--port=0", "--num-cpus=4"]
+    ray = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        "--port=0",
+        "--num-cpus=4",
+        "--num-gpus=2",
+    ]
     flags = ["--include-dashboard=false", "--object-store-memory=100000000", f"--temp-dir={directory}/ray"]
     environment = os.environ | Cluster("", token).environment() | {"RAY_USAGE_STATS_ENABLED": "0"}
     process = subprocess.Popen(
@@ -90,11 +100,35 @@ def test_two_runs_after_another_work_in_a_cluster_and_leave_it(cluster: Cluster,
 
 @pytest.mark.timeout(300)
 def test_actors_that_never_fit_are_refused(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
-    arguments = ["train", str(recipe), "--runs", str(tmp_path), "--ray-address", cluster.address]
+    arguments = ["train", str(recipe), "--runs", str(tmp_path / "runs"), "--ray-address", cluster.address]
     with Command([*arguments, "--set", "actor.count=5"], tmp_path / "log", **cluster.environment()) as command:
         assert command.wait(120) == 2
         assert "actor.count: found 5 actors of 1 CPU each; this Ray cluster has" in command.output()
+        assert "allowed: actor.count of at most 4, or actor.wait_for_room = true" in command.output()
         assert command.left_running() == []
+    assert not (tmp_path / "runs").exists(), "a refused recipe leaves no run directory"
+
+
+@pytest.mark.timeout(300)
+def test_learner_gets_gpus_of_its_own_in_the_cluster(cluster: Cluster, recipe: Path, tmp_path: Path) -> None:
+    """The node only says that it has two GPUs: what is looked at is whom Ray gives them."""
+    run = RunDir(tmp_path / "runs" / "cli")
+    arguments = ["train", str(recipe), "--runs", str(tmp_path / "runs"), "--ray-address", cluster.address]
+    arguments += ["--set", "actor.gpus=1", "--set", "actor.count=2", "--set", "actor.wait_for_room=true"]
+    with Command(arguments, tmp_path / "log", **cluster.environment()) as command:
+        command.until(lambda: status(run).get("step", 0) >= 2, "steps", 120)
+        states = {member.name: member.state for member in read_members(run)}
+        assert states == {"actor-0": "running", "actor-1": "pending"}, "one of the two GPUs is the learner's"
+        learner = next(p for p in command.processes.values() if "learner" in p.cmdline())
+        assert learner.environ()["CUDA_VISIBLE_DEVICES"] in ("0", "1")
+        command.process.send_signal(signal.SIGINT)
+        assert command.wait(90) == 3, command.output()
+    refused = subprocess.run(
+        [*TANDEM, *arguments, "--set", "learner.processes=3"], env=os.environ | cluster.environment(), text=True,
+        capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "learner.processes: found 3, allowed here: at most 2" in refused.stderr
 
 
 @pytest.mark.timeout(300)
