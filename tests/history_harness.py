@@ -86,10 +86,11 @@ class Actor(ActorThread):
 
 
 class HonestPuppet(Puppet):
-    """Keeps what it is given until it is told to answer, and always lists it. It claims the newest version."""
+    """Keeps what it is given until it is told to answer, and always lists it. It has more room than a whole actor of
+    these tests, so that it is given tickets first."""
 
     def __init__(self, endpoint: str, name: str, incarnation: str) -> None:
-        super().__init__(endpoint, name, slots=2, incarnation=incarnation)
+        super().__init__(endpoint, name, slots=8, incarnation=incarnation)
         self.open: dict[TicketId, Ticket] = {}
         self.unacked: dict[TicketId, Group] = {}
         self.answered: list[Group] = []

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Callable, Collection
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,14 @@ from actor.loop import LearnerRefused
 from learner.intake import scaling
 from learner.intake.journal import KINDS, _records, read_groups_with_offsets
 from protocol import codec
-from protocol.messages import Ack, Beat, Group, Hello, Refused, Rehello, TicketId, Welcome
+from protocol.messages import Ack, Beat, Group, Hello, Refused, Rehello, Ticket, TicketId, Welcome
 from protocol.rundir import RunDir
 from protocol.scaling import SCALED_DOWN, Wish, actor_name, actor_number, write_wish
-from tests.actor_harness import DEADLINE_S, until
+from tests.actor_harness import DEADLINE_S, Puppet, until
 from tests.history_harness import Actor, GraderInProcess, HonestPuppet, Watch
 from tests.intake_harness import RUN, Intake, eval_ticket, group_of, locked, make_ticket
 
-STEPS = 8
+STEPS = 12
 MOST_ACTORS = 4
 FOR_EVER_S = 3600.0
 """Nobody is buried for being slow on a busy machine."""
@@ -51,6 +52,16 @@ def journaled(path: Path) -> list[Group]:
     records = [payload for _, _, kind, payload in _records(path, 0) if KINDS[kind] == "group"]
     groups = [codec.decode_from_actor(codec.split_frames(payload)) for payload in records]
     return [group for group in groups if isinstance(group, Group)]
+
+
+def bury(intake: Intake, incarnations: Collection[str]) -> bool:
+    """The learner finds that it has not heard of them for too long. Whether it has, and none is left."""
+    with intake.server.lock:
+        found = [peer for peer in intake.server.peers.values() if peer.hello.incarnation in incarnations]
+        for peer in found:
+            peer.last_seen = -math.inf
+    intake.hub.wake()
+    return not found
 
 
 class Histories(RuleBasedStateMachine):
@@ -120,7 +131,7 @@ class Histories(RuleBasedStateMachine):
         """A step: take a batch, commit it, publish the next version."""
         if self.intake.dispatcher.step == STEPS:
             return
-        self.bury(*self.dead, *self.frozen)
+        self.bury(*self.dead, *(one for one in self.frozen if not one.sent_home))
         self.dead.clear()
         until(self.batch_is_there, "a batch")
         dispatcher, step = self.intake.dispatcher, self.intake.dispatcher.step
@@ -142,6 +153,7 @@ class Histories(RuleBasedStateMachine):
         everybody_held = all(one.engine.held for one in self.actors)
         for one in (*self.actors, *self.leaving):
             one.engine.held &= not (everybody_held or one.name in waited_for)
+        self.bury(*(one for one in self.frozen if one.name in waited_for))
         for puppet in self.puppets.values():
             puppet.confirm(self.intake.version if puppet.claim else 0)
             puppet.answer(missing)
@@ -216,21 +228,36 @@ class Histories(RuleBasedStateMachine):
         number = actor_number(name)
         return number is not None and number >= wanted
 
+    @precondition(lambda self: self.actors)
+    @rule(which=which, frozen=st.booleans())
+    def send_home_a_busy_one(self, which: int, frozen: bool) -> None:
+        """It may finish what it holds, which takes it a step at least; with `frozen` it does not even hear of it."""
+        one = self.actors[which % len(self.actors)]
+        number = actor_number(one.name)
+        if number is None:
+            return
+        self.make_busy(one)
+        if frozen:
+            self.freeze(self.actors.index(one), busy=False, buried=False)
+        self.scale_to(number)
+        if self.actors:
+            self.train(save=False)
+
+    def make_busy(self, one: Actor) -> None:
+        """It is held, and has been given some of the next tickets, if there are any."""
+        if len(self.actors) == 1:
+            self.join_by_hand(held=False, confirmed=True)
+        one.engine.held = True
+        self.train(save=False)
+        beats = self.watch.beats[one.incarnation]
+        until(lambda: self.watch.beats[one.incarnation] > beats + 2, f"{one.name}'s beats")
+
     def bury(self, *actors: Actor | HonestPuppet) -> None:
         """The learner finds that it has not heard of them for too long."""
         incarnations = {one.incarnation for one in actors}
         for one in actors:
             one.buried = True
-
-        def gone() -> bool:
-            with self.intake.server.lock:
-                found = [p for p in self.intake.server.peers.values() if p.hello.incarnation in incarnations]
-                for peer in found:
-                    peer.last_seen = -math.inf
-            self.intake.hub.wake()
-            return not found
-
-        until(gone, "a funeral")
+        until(lambda: bury(self.intake, incarnations), "a funeral")
 
     # --- actors ---
 
@@ -271,11 +298,17 @@ class Histories(RuleBasedStateMachine):
         for living in (self.actors, self.leaving):
             if one in living:
                 living.remove(one)
-                one.join()
-                assert isinstance(one.error, LearnerRefused) or one.reason.startswith(SCALED_DOWN), one.reason
+                self.refused(one)
+
+    def refused(self, one: Actor) -> None:
+        """It ends because it is told so, unless it has been told before that it is not needed."""
+        one.join()
+        if not (one.sent_home and one.reason.startswith(SCALED_DOWN)):
+            assert isinstance(one.error, LearnerRefused), f"{one.name} ended: {one.reason} {one.error}"
 
     def leave(self, one: Actor) -> None:
         """It was sent home: it ends by itself, unless it is held up."""
+        one.sent_home = True
         self.leaving.append(one)
         if not one.engine.held:
             self.see_off()
@@ -348,10 +381,13 @@ class Histories(RuleBasedStateMachine):
         self.actors[which % len(self.actors)].engine.held = held
 
     @precondition(lambda self: self.actors)
-    @rule(which=which, buried=st.booleans())
-    def freeze(self, which: int, buried: bool) -> None:
+    @rule(which=which, busy=st.booleans(), buried=st.booleans())
+    def freeze(self, which: int, busy: bool, buried: bool) -> None:
         """It is silent from now on, with all that it holds."""
-        one = self.actors.pop(which % len(self.actors))
+        one = self.actors[which % len(self.actors)]
+        if busy:
+            self.make_busy(one)
+        self.actors.remove(one)
         newest = self.intake.version
         until(lambda: one.engine.version == newest, f"{one.name} to serve {newest}")
         until(lambda: one.loop.weights.swaps == len(one.engine.loaded), "its slot to be free")  # it would keep the lock
@@ -369,8 +405,7 @@ class Histories(RuleBasedStateMachine):
         beats = self.watch.beats[one.incarnation]
         one.thaw()
         if self.successor(one):
-            one.join()
-            assert isinstance(one.error, LearnerRefused)
+            self.refused(one)
         elif one.sent_home or self.is_surplus(one.name, self.wanted):
             self.leave(one)
         else:
@@ -398,22 +433,31 @@ class Histories(RuleBasedStateMachine):
 
     @rule(number=numbers, answers=st.integers(0, 2))
     def puppet_works(self, number: int, answers: int) -> None:
-        puppet = self.puppet_of(number)
-        puppet.confirm(self.intake.version)
+        puppet = self.busy_puppet(number)
         puppet.answer(list(puppet.open)[:answers])
 
-    @rule(number=numbers, which=which)
-    def puppet_repeats_itself(self, number: int, which: int) -> None:
-        """A group that was acknowledged, and one that nobody asked for: both are acknowledged and dropped."""
+    def busy_puppet(self, number: int) -> HonestPuppet:
+        """It serves the newest version, and has been given tickets of the next step, if there are any."""
         puppet = self.puppet_of(number)
+        puppet.confirm(self.intake.version)
+        if self.actors:
+            self.train(save=False)
+        for _ in range(2):  # what it is given for the first comes before the second's answer
+            puppet.confirm(self.intake.version)
+        return puppet
+
+    @rule(number=numbers)
+    def puppet_repeats_itself(self, number: int) -> None:
+        """Groups that were acknowledged, and one that nobody asked for: all are acknowledged and dropped."""
+        puppet = self.busy_puppet(number)
+        puppet.answer(list(puppet.open)[:1])
         unasked = group_of(make_ticket(1000), puppet.name)
-        groups = [unasked, *[group for group in puppet.answered if group.id.epoch == 0 and not self.is_open(group.id)]]
+        groups = [group for group in puppet.answered if group.id.epoch == 0 and not self.is_open(group.id)]
         before = journaled(self.intake.journal.path)
-        for group in (groups[which % len(groups)], unasked):
+        for group in (*groups, unasked):
             puppet.ask(group, Ack)
         after = journaled(self.intake.journal.path)
-        assert Counter(g.id for g in after)[unasked.id] == 0
-        assert [g for g in after[len(before) :] if g.actor == puppet.name] == []
+        assert [group.id for group in after[len(before) :] if group.actor == puppet.name] == []
 
     def is_open(self, ticket_id: TicketId) -> bool:
         """Whether a group for it would be taken: it may have been lost with a learner."""
@@ -429,8 +473,7 @@ class Histories(RuleBasedStateMachine):
     @rule(number=numbers)
     def puppet_is_replaced(self, number: int) -> None:
         """Its successor joins, and the old incarnation does not listen to what it is told."""
-        zombie = self.puppet_of(number)
-        zombie.confirm(self.intake.version)
+        zombie = self.busy_puppet(number)
         del self.puppets[zombie.name]
         self.zombies.append(zombie)
         self.puppet_of(number)
@@ -528,9 +571,90 @@ class Histories(RuleBasedStateMachine):
 
 
 Histories.TestCase.settings = settings(
-    max_examples=25,
+    max_examples=30,
     stateful_step_count=12,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # no shrinking: a history is short, and takes its time
 )
 TestHistories = Histories.TestCase
+
+
+# --- histories that every run goes through, and what they leave out ---
+
+
+def sent_home_and_forgotten(history: Histories) -> None:
+    """The learner that told an actor to leave is killed, and the next one wants more actors."""
+    history.join(1, held=False, confirmed=True)
+    history.send_home_a_busy_one(1, frozen=False)
+    history.send_home_a_busy_one(0, frozen=True)
+    history.heartbeats()
+    history.scale_to(3)
+    history.restart_learner()
+    history.join(1, held=False, confirmed=False)
+    history.thaw(0, held=False)
+    history.train(save=True)
+
+
+def late_and_replaced(history: Histories) -> None:
+    """Two actors are silent with tickets in hand. One was only late, the other finds its successor there."""
+    history.join(1, held=False, confirmed=True)
+    history.freeze(0, busy=True, buried=True)
+    history.freeze(0, busy=True, buried=False)
+    history.join(1, held=True, confirmed=True)
+    history.evaluate()
+    history.train(save=False)
+    history.thaw(1, held=False)
+    history.thaw(0, held=True)
+    history.restart(0, killed=False, held=False)
+    history.train(save=True)
+
+
+def repeated_and_lost(history: Histories) -> None:
+    """Groups that come again, from a puppet and from its own zombie, before and after the learner lost steps."""
+    history.puppet_repeats_itself(0)
+    history.puppet_is_replaced(0)
+    history.train(save=True)
+    history.puppet_repeats_itself(1)
+    history.zombies_speak()
+    history.train(save=False)
+    history.restart_learner()
+    history.puppet_repeats_itself(1)
+    history.die(0, noticed=False)
+    history.join(0, held=False, confirmed=False)
+    history.puppet_goes(1)
+    history.train(save=False)
+
+
+@pytest.mark.parametrize("script", [sent_home_and_forgotten, late_and_replaced, repeated_and_lost])
+def test_history_with_a_script_trains_on_all_tickets_in_order(script: Callable[[Histories], None]) -> None:
+    history = Histories()
+    try:
+        history.begin(groups_per_step=3, max_lag=1, wish=3, held=False)
+        script(history)
+        history.accounts()
+    finally:
+        history.teardown()
+
+
+def test_ticket_fails_for_good_by_deaths_and_never_by_departures(tmp_path: Path) -> None:
+    """Why the histories above allow a thousand attempts: an actor that dies may have died of its ticket."""
+    with Intake(tmp_path, groups_per_step=1, max_lag=0, steps=1, max_attempts=2) as intake:
+        intake.publish(0)
+        intake.source.resume_training()
+        for attempt in range(1, 6):
+            with Puppet(intake.address, slots=1, incarnation=f"p{attempt}") as puppet:
+                puppet.hello()
+                (ticket,) = puppet.next(Ticket)
+                assert (ticket.id, ticket.attempt) == (TicketId(0, 0), attempt)
+                if attempt <= 3:
+                    puppet.goodbye()
+                    until(lambda: not intake.server.peers, "the goodbye")
+                else:
+                    until(lambda: bury(intake, {puppet.incarnation}), "a funeral")
+        (why,) = locked(intake, lambda: dict(intake.dispatcher.train.failed)).values()
+        assert why.startswith("silent for")
+        with HonestPuppet(intake.address, "actor-9", "p6") as puppet:
+            puppet.introduce()
+            until(lambda: puppet.confirm(1) or puppet.open, "the next ticket")
+            puppet.answer(puppet.open)
+            assert [group.id.index for group in intake.source.take(DEADLINE_S)] == [1]
