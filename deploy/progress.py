@@ -106,6 +106,7 @@ class ProgressView:
         if status.get("waiting_for"):
             waited = status.get("waited_s", 0.0)
             rows.append(Text(f"waiting {waited:.0f} s for {status['waiting_for']}", style="yellow"))
+        rows += [Text(f"{name} is pending: {why}", "yellow") for name, why in status.get("actors_pending", {}).items()]
         if status.get("step") or status.get("phase") == "training":
             rows += [Text(), _step_bar(status), _figures(status)]
         if status.get("evals"):
@@ -158,6 +159,12 @@ def evals_line(evals: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {reward:.3f}" for name, reward in evals.items())
 
 
+def actors_line(status: dict[str, Any]) -> str:
+    """How many actors are there, of how many that are wanted where these differ."""
+    there, wanted = len(status.get("actors", ())), status.get("actors_wanted", 0)
+    return f"{there} actors" if there == wanted or not wanted else f"{there} of {wanted} actors"
+
+
 def _step_bar(status: dict[str, Any]) -> RenderableType:
     table = Table.grid(padding=(0, 1))
     step, steps = status.get("step", 0), status.get("steps", 1)
@@ -180,7 +187,7 @@ def _figures(status: dict[str, Any]) -> RenderableType:
     if "reward_mean" in status:
         table.add_row("reward", figure("reward_mean", "{:.3f}"), sparkline(status.get("curve", [])))
     if status.get("actors"):
-        table.add_row("rollout", figure("rollout_tokens_per_s", "{:.0f} tok/s"), f"{len(status['actors'])} actors")
+        table.add_row("rollout", figure("rollout_tokens_per_s", "{:.0f} tok/s"), actors_line(status))
     table.add_row(
         "learner",
         figure("learner_tokens_per_s", "{:.0f} tok/s"),
