@@ -17,8 +17,8 @@ from actor.gate import EngineGate
 from actor.probing import answer
 from actor.staging import Staged, Staging
 from protocol.errors import DeadlineExceeded, EngineFailed, WeightsError
+from protocol.link import Link
 from protocol.messages import Probe, Probed, Update, Welcome
-from protocol.sockets import Link
 
 log = logging.getLogger(__name__)
 

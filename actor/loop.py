@@ -29,6 +29,7 @@ from actor.grading import GraderPool
 from actor.rollout import rollout
 from actor.staging import Staging
 from protocol.errors import EngineFailed, KeysError
+from protocol.link import Link
 from protocol.messages import (
     Ack,
     Beat,
@@ -46,7 +47,6 @@ from protocol.messages import (
     TicketId,
     Welcome,
 )  # fmt: skip
-from protocol.sockets import Link
 
 log = logging.getLogger(__name__)
 

@@ -28,9 +28,9 @@ from actor.locks import FileLock, remove_unused
 from actor.slots import SLOTS, Held, SlotFile, Slots, copy
 from protocol.deltas import Changes, DeltaCoder, check_payload
 from protocol.errors import WeightsError
+from protocol.link import Link
 from protocol.messages import Delta, Manifest, Update, Welcome
 from protocol.rundir import USERS_FILE
-from protocol.sockets import Link
 
 SHARED_MEMORY = Path("/dev/shm")
 RUN_LABEL_CHARS = 24

@@ -25,9 +25,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from protocol.hub import Hub
 from protocol.keys import LearnerKeys, load_actor_keys, load_learner_keys, make_keys
+from protocol.link import Link
 from protocol.messages import Ack, Completion, Group, TicketId
-from protocol.sockets import Hub, Link
 from protocol.weights import layout, make_snapshot
 
 GROUPS = 3_000

@@ -29,10 +29,10 @@ from learner.intake.dispatcher import Dispatcher
 from learner.intake.journal import Journal
 from learner.intake.server import IntakeServer
 from learner.intake.source import Source
+from protocol.hub import Hub
 from protocol.keys import load_learner_keys, make_keys
 from protocol.messages import Sampling, Ticket, TicketId, Welcome
 from protocol.sections import WireConfig
-from protocol.sockets import Hub
 from protocol.weights import layout, make_snapshot
 
 ROUNDS = 8

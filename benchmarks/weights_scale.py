@@ -42,8 +42,9 @@ from benchmarks.run import machine
 from protocol import threads
 from protocol.deltas import DeltaCoder
 from protocol.errors import WeightsError
+from protocol.hub import Hub
+from protocol.link import Link
 from protocol.messages import Welcome
-from protocol.sockets import Hub, Link
 from protocol.weights import Snapshot, layout, make_snapshot
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -26,8 +26,9 @@ import zmq
 
 from actor.staging import Staging
 from protocol.deltas import DeltaCoder
+from protocol.hub import Hub
+from protocol.link import Link
 from protocol.messages import Sampling, Welcome
-from protocol.sockets import Hub, Link
 from protocol.tensors import tensor_view
 from protocol.weights import Snapshot, make_snapshot
 

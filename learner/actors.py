@@ -25,10 +25,10 @@ from learner.outcome import EXIT_FAILED, exit_code
 from learner.publish import Publisher, Versions
 from protocol.codec import Limits
 from protocol.config import Recipe
+from protocol.hub import Hub
 from protocol.keys import load_learner_keys
 from protocol.messages import Ticket, TicketId, Welcome
 from protocol.rundir import RunDir, read_json, write_json
-from protocol.sockets import Hub
 
 log = logging.getLogger(__name__)
 

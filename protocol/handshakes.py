@@ -1,6 +1,6 @@
 """What ZeroMQ's socket monitors tell of connections that come about or fail, for both sides.
 
-The hub counts with it who was turned away (`door.py`). A link (`sockets.py`) uses `Knocking`: a connection that the
+The hub counts with it who was turned away (`door.py`). A link (`link.py`) uses `Knocking`: a connection that the
 learner has refused does not come back by itself, so it is made anew, in pauses that grow, until it is let in.
 """
 

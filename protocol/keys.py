@@ -6,7 +6,7 @@
       allowed/NAME.pub             one public key a file: the allow-list, read again while the run goes on
 
 Keys are CURVE's (Curve25519), in Z85: 40 characters. Secrets are in these files and in two processes' memory, never in
-an argument, an environment or a log. What is done with them on sockets is in `door.py` (learner) and `sockets.py`.
+an argument, an environment or a log. What is done with them on sockets is in `door.py` (learner) and `link.py`.
 """
 
 from __future__ import annotations

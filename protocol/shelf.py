@@ -1,6 +1,6 @@
 """What the learner has to give of its weights: the newest snapshot, an older one being pulled, a window of deltas.
 
-Owned by the hub (`sockets.py`), which answers requests with it; knows no socket. Its memory is bounded: at most two
+Owned by the hub (`hub.py`), which answers requests with it; knows no socket. Its memory is bounded: at most two
 snapshots, and deltas of at most one snapshot's bytes together, since a longer chain is larger than a snapshot. Who
 pulls a snapshot while another, older one is being pulled loses it to the next version.
 """

@@ -9,9 +9,9 @@ from typing import Any
 
 from protocol import codec
 from protocol.deltas import payload_digest
+from protocol.hub import Hub
 from protocol.keys import LearnerKeys
 from protocol.messages import Delta, DeltaPart, Message
-from protocol.sockets import Hub
 from protocol.weights import Snapshot, layout, make_snapshot
 
 DEADLINE_S = 20.0

@@ -18,9 +18,9 @@ from learner.intake.scaling import ScaleWatch
 from learner.intake.server import IntakeServer
 from learner.intake.source import Source
 from protocol.deltas import DeltaCoder
+from protocol.hub import Hub
 from protocol.messages import Completion, Group, Sampling, Ticket, TicketId, Welcome
 from protocol.sections import WireConfig
-from protocol.sockets import Hub
 from protocol.weights import Snapshot, layout, make_snapshot
 
 GROUP_SIZE = 2

@@ -16,8 +16,8 @@ from actor import staging as staging_module
 from actor.locks import FileLock
 from actor.staging import Staged, Staging
 from protocol.deltas import Changes, DeltaCoder
+from protocol.link import Link
 from protocol.messages import Delta, TensorSpec, Update, Welcome
-from protocol.sockets import Link
 from protocol.weights import Snapshot, layout, make_snapshot
 from tests.hub_harness import DEADLINE_S, RunningHub
 

@@ -24,7 +24,7 @@ FORBIDDEN_BETWEEN = {
 ONLY_IN = {
     "vllm": {"actor/vllm_engine.py", "actor/vllm_weights.py"},
     "ray": {"actor/cluster.py", "deploy/ray_cluster.py", "deploy/placement.py", "deploy/desk.py", "deploy/doctor.py"},
-    "zmq": {"protocol/sockets.py", "protocol/door.py", "protocol/handshakes.py", "protocol/keys.py"},
+    "zmq": {f"protocol/{name}.py" for name in ("sockets", "hub", "link", "door", "handshakes", "keys")},
     "msgspec.msgpack": {"protocol/codec.py"},
     "torch.distributed": {"learner/joining.py", "learner/ranks.py", "learner/sharding.py"},
     "msgspec.json": {"actor/grading.py", "actor/grading_worker.py", "actor/slots.py"},

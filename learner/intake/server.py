@@ -21,6 +21,7 @@ from learner.intake.dispatcher import Dispatcher, is_train
 from learner.intake.journal import Journal
 from learner.intake.probes import Probes
 from learner.intake.scaling import ScaleWatch
+from protocol.hub import Hub
 from protocol.messages import (
     Ack,
     Beat,
@@ -41,7 +42,7 @@ from protocol.messages import (
     Welcome,
 )  # fmt: skip
 from protocol.sections import WireConfig
-from protocol.sockets import FaultCounter, Hub
+from protocol.sockets import FaultCounter
 from protocol.weights import Snapshot
 
 log = logging.getLogger(__name__)

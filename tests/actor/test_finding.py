@@ -15,10 +15,10 @@ from actor.finding import Address, file_finder, finder, fixed
 from actor.loop import ActorLoop, LearnerLost
 from protocol import handshakes, keys
 from protocol.errors import KeysError
+from protocol.hub import Hub
 from protocol.keys import LearnerKeys, allow, load_actor_keys, load_learner_keys, make_keys, new_pair
 from protocol.messages import Hello, Message, Refused
 from protocol.rundir import RunDir, write_json
-from protocol.sockets import Hub
 from tests.hub_harness import DEADLINE_S, RunningHub
 
 

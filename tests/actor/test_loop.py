@@ -28,6 +28,7 @@ from actor.loop import ActorLoop, LearnerLost, LearnerRefused, make_engine
 from actor.staging import SHARED_MEMORY
 from protocol.deltas import DeltaCoder
 from protocol.errors import EngineFailed, WeightsError
+from protocol.hub import Hub
 from protocol.messages import (
     Ack,
     Beat,
@@ -51,7 +52,6 @@ from protocol.messages import (
     Update,
     Welcome,
 )
-from protocol.sockets import Hub
 from protocol.weights import Snapshot
 from tests.hub_harness import DEADLINE_S, RunningHub, snapshot
 from tests.intake_harness import make_ticket

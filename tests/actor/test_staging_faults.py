@@ -18,8 +18,8 @@ from actor.slots import SlotFile, Slots
 from protocol import shelf
 from protocol.deltas import DeltaCoder
 from protocol.errors import WeightsError
+from protocol.link import Link
 from protocol.messages import Delta, Update
-from protocol.sockets import Link
 from protocol.weights import Snapshot, layout, make_snapshot
 from tests.hub_harness import DEADLINE_S
 from tests.staging_harness import SIZE, SPECS, VERSIONS, WELCOME, Bench, assert_holds, assert_is, differing, flip

@@ -22,9 +22,10 @@ import pytest
 import zmq
 
 from protocol import codec, door, handshakes, keys, sockets
+from protocol.hub import Hub
 from protocol.keys import ActorKeys, LearnerKeys, allow, load_actor_keys, load_learner_keys, make_keys, new_pair
+from protocol.link import Link
 from protocol.messages import Beat, Hello, Message
-from protocol.sockets import Hub, Link
 from tests.hub_harness import DEADLINE_S, RunningHub, snapshot
 
 HELLO = Hello("actor-0", "i", slots=1)

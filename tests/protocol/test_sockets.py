@@ -19,7 +19,10 @@ import zmq
 import zmq.asyncio
 
 from protocol import codec, shelf, sockets
+from protocol import link as link_module
 from protocol.errors import DeadlineExceeded, WeightsError
+from protocol.hub import Hub
+from protocol.link import Link
 from protocol.messages import (
     PROTOCOL_VERSION,
     Ack,
@@ -39,7 +42,7 @@ from protocol.messages import (
     Update,
     UpdateRequest,
 )
-from protocol.sockets import FaultCounter, Hub, Link, peer_id
+from protocol.sockets import FaultCounter, peer_id
 from protocol.weights import Snapshot, check_data, manifest_digest
 from tests.hub_harness import DEADLINE_S, RunningHub, delta, snapshot
 from tests.intake_harness import make_ticket
@@ -450,8 +453,8 @@ async def test_link_asks_for_the_next_chunk_before_it_writes_one() -> None:
 
 
 async def test_link_asks_again_for_a_lost_chunk_and_then_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sockets, "CHUNK_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(sockets, "CHUNK_ATTEMPTS", 3)
+    monkeypatch.setattr(link_module, "CHUNK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(link_module, "CHUNK_ATTEMPTS", 3)
     source = snapshot(1, 100)
     async with fake_learner() as (router, link):
         pulling = asyncio.ensure_future(fetched(link, source.manifest, chunk_bytes=100))
@@ -744,7 +747,7 @@ async def test_pull_from_a_learner_that_was_restarted_ends_at_once() -> None:
             with RunningHub() as second:
                 link.open_weights(second.hub.bulk_endpoint, second.hub.news_endpoint)
                 with pytest.raises(WeightsError, match="the connection was made anew during a pull"):
-                    await asyncio.wait_for(pulling, sockets.CHUNK_TIMEOUT_S / 2)
+                    await asyncio.wait_for(pulling, link_module.CHUNK_TIMEOUT_S / 2)
                 await asyncio.to_thread(second.run, lambda hub=second.hub: hub.announce(source))
                 assert (await soon(link.fetch_update())).manifest == source.manifest
             port = router.getsockopt_string(zmq.LAST_ENDPOINT)

@@ -22,9 +22,9 @@ import zmq
 
 from learner.__main__ import raise_file_limit
 from protocol import codec, door, handshakes
+from protocol.hub import Hub
 from protocol.keys import ActorKeys, LearnerKeys, load_actor_keys, load_learner_keys, make_keys
 from protocol.messages import Beat, Hello, Message
-from protocol.sockets import Hub
 from tests.hub_harness import DEADLINE_S, RunningHub
 
 STRANGERS = 10_000

@@ -20,9 +20,9 @@ from learner.model import PolicyModel, load_model
 from learner.parity import ParityGate, ParityLost
 from learner.publish import Publisher, Versions
 from learner.tensor_files import write_tensors
+from protocol.link import Link
 from protocol.messages import Welcome
 from protocol.sections import LearnerConfig, ModelConfig, WeightsConfig
-from protocol.sockets import Link
 from protocol.tensors import tensor_view
 from protocol.weights import Snapshot
 from tests.engine_parity import generate_all, manifest_of, welcome_for
