@@ -40,6 +40,8 @@ errors = Console(stderr=True, markup=False)
 
 DEMO_RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.toml"
 EXIT_USER = 2
+MAX_ACTORS = 4096
+"""More is a slip of the keyboard: each would be a process."""
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. optim.lr=2e-5; repeatable.")
@@ -184,7 +186,7 @@ def actor(
 
 @app.command()
 def scale(
-    count: Annotated[int, typer.Argument(metavar="N", min=0, help="Rollout actors that the run is to have.")],
+    count: Annotated[int, typer.Argument(metavar="N", min=0, max=MAX_ACTORS, help="Actors that the run is to have.")],
     name: Annotated[str, typer.Argument(metavar="[RUN]", help="Name or directory; default: the only one.")] = "",
     runs: RunsDir = Path("runs"),
     ray_address: Annotated[

@@ -27,7 +27,8 @@ from protocol.scaling import Member, Wish, read_wish, write_members, write_wish
 
 log = logging.getLogger(__name__)
 
-TROUBLE_EVERY_S = 30.0
+PAUSE_S = 10.0
+"""After a failure of Ray's, before it is asked again."""
 
 
 class Crew:
@@ -41,7 +42,7 @@ class Crew:
         self._stack = contextlib.ExitStack()
         self._members: list[Member] = []
         self._wish = Wish(self.recipe.actor.count, "the recipe")
-        self._trouble_said = 0.0
+        self._not_before = 0.0
         self.autoscaler = Autoscaler(self.recipe.autoscale) if self.recipe.autoscale.enabled else None
 
     def __enter__(self) -> Crew:
@@ -77,18 +78,25 @@ class Crew:
 
         `status`: the learner's, by whose figures the wish may change."""
         wish = self._autoscaled(self._read_wish(), status)
+        if self.fleet is None and not wish.actors and not self.site.joined:
+            return  # nobody needs Ray yet
+        if time.monotonic() < self._not_before:
+            return
+        try:
+            self._act(wish)
+        except Exception as error:
+            log.exception("Ray failed")
+            self.view.note(f"Ray does not do what it should; tried again in {PAUSE_S:g} s: {error}")
+            self._not_before = time.monotonic() + PAUSE_S
+
+    def _act(self, wish: Wish) -> None:
         if self.fleet is None:
-            if not wish.actors and not self.site.joined:
-                return
             self.open()
         assert self.fleet is not None
-        try:
-            if not self.fleet.reconcile(wish.actors, time.monotonic()):
-                return
-            if self.desk and (left := self.desk.exchange(self._address(), wish.actors, self._members)):
-                write_wish(self.run, left)
-        except Exception as error:
-            self._say_trouble(error)
+        if not self.fleet.reconcile(wish.actors, time.monotonic()):
+            return
+        if self.desk and (left := self.desk.exchange(self._address(), wish.actors, self._members)):
+            write_wish(self.run, left)
         if (members := self.fleet.members()) != self._members:
             self._members = members
             write_members(self.run, members)
@@ -101,12 +109,6 @@ class Crew:
             return wish
         write_wish(self.run, Wish(proposal.actors, f"autoscale: {proposal.reason}"))
         return self._read_wish()
-
-    def _say_trouble(self, error: Exception) -> None:
-        log.exception("Ray failed")
-        if time.monotonic() - self._trouble_said > TROUBLE_EVERY_S:
-            self._trouble_said = time.monotonic()
-            self.view.note(f"Ray does not do what it should: {error}")
 
     def _address(self) -> Address | None:
         """Where the learner is now, with the keys for its actors."""

@@ -4,7 +4,7 @@ CURVE proves which key a peer has; the allow-list says which keys are welcome (Z
 thread). Socket monitors tell of those who never came as far as that: port scans, noise, peers without keys. They are
 cut after `HANDSHAKE_MS`. Each takes a file descriptor until then; beyond a share of those that the process may have,
 newcomers are sent away, so that the learner can always open its files. (To stop listening would end every connection:
-libzmq's sessions belong to their listener.) Used by `sockets.Hub` alone.
+libzmq's sessions belong to their listener.) Used by `hub.py` alone.
 """
 
 from __future__ import annotations
