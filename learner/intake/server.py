@@ -88,6 +88,11 @@ class ActorsSeen:
     """Name -> the incarnation that takes part."""
     worked: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Incarnation -> (tokens, busy seconds) that it has reported so far."""
+    replaced: dict[str, list[str]] = field(default_factory=dict)
+    """Name -> incarnations that a later one has replaced, or that were sent home and left: not let in again."""
+
+    def replace(self, actor: str, incarnation: str) -> None:
+        self.replaced.setdefault(actor, []).append(incarnation)
 
 
 @dataclass
@@ -190,8 +195,6 @@ class IntakeServer(threading.Thread):
         self.swap_pauses: deque[float] = deque(maxlen=1000)
         self.swap_fetches: deque[float] = deque(maxlen=1000)
         self.known = ActorsSeen()
-        self._replaced: set[tuple[str, str]] = set()
-        """(actor, incarnation) that a later incarnation of the same name has replaced: not let in again."""
         self._swaps: dict[str, int] = {}
         self._offers: deque[tuple[Snapshot, tuple[Delta, bytes] | None]] = deque()
         self._drain: Drain | None = None
@@ -287,7 +290,7 @@ class IntakeServer(threading.Thread):
             self.hub.faults("malformed", f"hello of {hello.actor}: {fault}")
             self.hub.send(peer_id, Refused(fault))
             return
-        if (hello.actor, hello.incarnation) in self._replaced:
+        if hello.incarnation in self.known.replaced.get(hello.actor, ()):
             reason = f"another actor is called {hello.actor} and joined later; names must be unique in a run"
             log.warning("refused %s (incarnation %s): %s", hello.actor, hello.incarnation, reason)
             self.hub.send(peer_id, Refused(reason))
@@ -298,7 +301,7 @@ class IntakeServer(threading.Thread):
             self.totals.started += before is None
             self.totals.restarted += before is not None
             if before is not None:
-                self._replaced.add((hello.actor, before))
+                self.known.replace(hello.actor, before)
                 log.warning("%s is back as incarnation %s; %d leases go back", hello.actor, hello.incarnation, lost)
         self.known.incarnations[hello.actor] = hello.incarnation
         peer = Peer(peer_id, hello, now, now, beat_at=now)
@@ -410,7 +413,7 @@ class IntakeServer(threading.Thread):
         else:
             log.info("%s left (%s), %d leases go back", peer.name, message.reason, lost)
             if peer.drain is not None:  # whoever comes under this name is no restart of it
-                self._replaced.add((peer.name, peer.hello.incarnation))
+                self.known.replace(peer.name, peer.hello.incarnation)
                 self.known.incarnations.pop(peer.name, None)
 
     def _bury_silent(self, now: float) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ import pytest
 
 from actor.fake_engine import FakeEngine
 from learner.intake.journal import Journal, read_groups, read_groups_with_offsets
+from learner.intake.server import ActorsSeen
 from protocol.messages import (
     Hello,
+    Refused,
     TicketId,
+    Welcome,
 )
 from tests.actor_harness import DEADLINE_S, ActorThread, Puppet, begin, indices, train, until
 from tests.intake_harness import GROUP_SIZE, Intake, group_of, journal_of, locked, make_ticket
@@ -124,3 +129,26 @@ def test_actor_says_hello_once_for_many_frames_that_a_restarted_learner_does_not
             batches = train(second, 2)
             assert indices(batches) == list(range(8))
             assert 1 <= len(hellos) <= 5
+
+
+def test_zombie_does_not_displace_its_successor_at_a_restarted_learner(tmp_path: Path) -> None:
+    """Who was replaced is known from the checkpoint: the last hello would win otherwise, and the successor give up."""
+    with Intake(tmp_path) as first:
+        with Puppet(first.address, incarnation="old") as zombie, Puppet(first.address, incarnation="new") as successor:
+            for puppet in (zombie, successor):
+                puppet.hello(version=0)
+                puppet.next(Welcome)
+        state = locked(first, first.dispatcher.state)
+        known = json.loads(json.dumps(asdict(first.server.known)))
+    second = Intake(tmp_path, version=1)
+    second.dispatcher.restore(state, [], 2)
+    second.server.known = ActorsSeen(**known)
+    with second:
+        for before in ("", "new"):
+            with Puppet(second.address, incarnation="old") as zombie:
+                zombie.hello(version=0)
+                assert "joined later" in zombie.next(Refused)[0].reason, f"after {before}"
+            with Puppet(second.address, incarnation="new") as successor:
+                successor.hello(version=0)
+                successor.next(Welcome)
+        assert second.server.totals.restarted == 0
