@@ -161,15 +161,18 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def restart_learner(self) -> None:
-        """Killed, and back at its last checkpoint. Who was replaced is forgotten, so no zombie outlives it here."""
+        """Killed, and back at its last checkpoint. A zombie whose end that does not know of ends here: of two that it
+        does not know to be one after the other, the last to say hello would take part."""
         port, version = int(self.intake.address.rpartition(":")[2]), self.intake.version
-        while self.zombies:
-            self.zombies.pop().__exit__()
-        for one in [one for one in self.frozen if self.successor(one)]:
-            self.frozen.remove(one)
-            self.kill(one)
-        self.intake.__exit__()
         tickets, offset, known, trained = self.checkpoint
+        for zombie in [one for one in self.zombies if one.incarnation not in known.replaced.get(one.name, ())]:
+            self.zombies.remove(zombie)
+            zombie.__exit__()
+        for one in [one for one in self.frozen if self.successor(one)]:
+            if one.incarnation not in known.replaced.get(one.name, ()):
+                self.frozen.remove(one)
+                self.kill(one)
+        self.intake.__exit__()
         del self.trained[trained:]
         self.intake = self.new_intake(port=port, version=version)
         self.surviving = {old: step for old, step in self.surviving.items() if step <= tickets["step"]}
@@ -189,6 +192,8 @@ class Histories(RuleBasedStateMachine):
             one.buried = True
         for one in self.actors:
             until(lambda one=one: one.incarnation in self.watch.welcomed, f"{one.name} at the new learner")
+        for one in self.leaving:
+            until(lambda one=one: one.incarnation in self.watch.welcomed or not one.alive, f"{one.name} at it, too")
         for puppet in self.puppets.values():
             puppet.introduce()
 
@@ -231,16 +236,17 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.actors)
     @rule(which=which, frozen=st.booleans())
     def send_home_a_busy_one(self, which: int, frozen: bool) -> None:
-        """It may finish what it holds, which takes it a step at least; with `frozen` it does not even hear of it."""
+        """It is held up while it finishes what it holds; with `frozen` it has nothing, and does not hear of it."""
         one = self.actors[which % len(self.actors)]
         number = actor_number(one.name)
         if number is None:
             return
-        self.make_busy(one)
         if frozen:
             self.freeze(self.actors.index(one), busy=False, buried=False)
+        else:
+            self.make_busy(one)
         self.scale_to(number)
-        if self.actors:
+        if frozen and self.actors:
             self.train(save=False)
 
     def make_busy(self, one: Actor) -> None:
@@ -272,9 +278,9 @@ class Histories(RuleBasedStateMachine):
         until(lambda: one.incarnation in self.watch.welcomed, f"{name} to be let in")
         if confirmed and not self.is_surplus(name, self.wanted):
             until(lambda: one.engine.version and self.watch.beats[one.incarnation] > 1, f"{name} to serve")
-        with self.intake.server.lock:
-            taken = [i for i, who in leases.items() if self.intake.dispatcher.holders().get(i) != who]
-            assert all(i in self.intake.dispatcher.train.queued for i in taken), f"{name} disturbs others' {taken}"
+        after, queued = self.leases_of_puppets(), locked(self.intake, lambda: set(self.intake.dispatcher.train.queued))
+        taken = [i for i, lease in leases.items() if after.get(i) != lease and i not in queued]
+        assert not taken, f"{name} disturbs those who have {taken}"
         for before in older:
             self.replaced(before)
         if self.is_surplus(name, self.wanted):
@@ -284,9 +290,13 @@ class Histories(RuleBasedStateMachine):
             self.actors.append(one)
         return one
 
-    def leases_of_puppets(self) -> dict[TicketId, str]:
-        holders = locked(self.intake, self.intake.dispatcher.holders)
-        return {ticket_id: who for ticket_id, who in holders.items() if who in self.puppets and ticket_id.epoch >= 0}
+    def leases_of_puppets(self) -> dict[TicketId, tuple[str, int]]:
+        """Of train tickets: who has them, at which attempt."""
+        with self.intake.server.lock:
+            leased = self.intake.dispatcher.train.leased
+            return {
+                i: (lease.actor, lease.ticket.attempt) for i, lease in leased.items() if lease.actor in self.puppets
+            }
 
     def replaced(self, one: Actor) -> None:
         """It is refused, if it lives to hear it."""
@@ -585,8 +595,12 @@ TestHistories = Histories.TestCase
 def sent_home_and_forgotten(history: Histories) -> None:
     """The learner that told an actor to leave is killed, and the next one wants more actors."""
     history.join(1, held=False, confirmed=True)
+    history.join(2, held=False, confirmed=True)
+    history.send_home_a_busy_one(2, frozen=True)
+    history.scale_to(3)
+    history.busy_puppet(0)
     history.send_home_a_busy_one(1, frozen=False)
-    history.send_home_a_busy_one(0, frozen=True)
+    history.puppet_goes(0)  # what it had is for others than the one that is leaving
     history.heartbeats()
     history.scale_to(3)
     history.restart_learner()
@@ -612,6 +626,8 @@ def late_and_replaced(history: Histories) -> None:
 def repeated_and_lost(history: Histories) -> None:
     """Groups that come again, from a puppet and from its own zombie, before and after the learner lost steps."""
     history.puppet_repeats_itself(0)
+    history.busy_puppet(0)
+    history.join(1, held=False, confirmed=True)
     history.puppet_is_replaced(0)
     history.train(save=True)
     history.puppet_repeats_itself(1)
