@@ -102,10 +102,10 @@ class Histories(RuleBasedStateMachine):
         self.intake = self.new_intake()
         self.intake.server.start()
         self.publish(0)
-        self.checkpoint = self.state()
         self.scale_to(wish)
-        self.intake.source.resume_training()
         self.start_actor(actor_name(0), held, confirmed=True)
+        self.checkpoint = self.state()
+        self.intake.source.resume_training()
 
     # --- the learner ---
 
@@ -161,15 +161,16 @@ class Histories(RuleBasedStateMachine):
 
     @rule()
     def restart_learner(self) -> None:
-        """Killed, and back at its last checkpoint. A zombie whose end that does not know of ends here: of two that it
-        does not know to be one after the other, the last to say hello would take part."""
+        """Killed, and back at its last checkpoint. Silent ones that this does not name end here: of two incarnations of
+        which it knows neither, the last to say hello takes part, and that may be the older one."""
         port, version = int(self.intake.address.rpartition(":")[2]), self.intake.version
         tickets, offset, known, trained = self.checkpoint
         for zombie in [one for one in self.zombies if one.incarnation not in known.replaced.get(one.name, ())]:
             self.zombies.remove(zombie)
             zombie.__exit__()
-        for one in [one for one in self.frozen if self.successor(one)]:
-            if one.incarnation not in known.replaced.get(one.name, ()):
+        for one in list(self.frozen):
+            expected = known.replaced.get(one.name, ()) if self.successor(one) else known.incarnations.values()
+            if one.incarnation not in expected:
                 self.frozen.remove(one)
                 self.kill(one)
         self.intake.__exit__()
@@ -596,12 +597,14 @@ def sent_home_and_forgotten(history: Histories) -> None:
     """The learner that told an actor to leave is killed, and the next one wants more actors."""
     history.join(1, held=False, confirmed=True)
     history.join(2, held=False, confirmed=True)
-    history.send_home_a_busy_one(2, frozen=True)
-    history.scale_to(3)
+    history.train(save=True)
     history.busy_puppet(0)
-    history.send_home_a_busy_one(1, frozen=False)
-    history.puppet_goes(0)  # what it had is for others than the one that is leaving
+    history.freeze(2, busy=False, buried=False)
+    history.scale_to(2)
+    history.puppet_goes(0)  # what it had is for others than the one that was sent home
     history.heartbeats()
+    history.scale_to(3)
+    history.send_home_a_busy_one(1, frozen=False)
     history.scale_to(3)
     history.restart_learner()
     history.join(1, held=False, confirmed=False)
