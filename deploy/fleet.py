@@ -18,7 +18,7 @@ Handle = TypeVar("Handle")
 KILL_GRACE_S = 30.0
 """Beyond `actor.drain_s`: an actor that is told to drop everything needs this to stop its engine."""
 RETRY_S = 30.0
-"""After this an actor whose process cannot start is tried again."""
+"""After this an actor that was refused, or whose process cannot start, is tried again."""
 LOOK_S = 0.5
 PENDING_SAID_S = 3.0
 """A cluster with room places an actor sooner than this; only then is it worth a line that one waits."""
@@ -57,8 +57,9 @@ class _Entry(Generic[Handle]):
     said: tuple[str, str] = ("", "")
 
     def replaceable(self, now: float) -> bool:
-        """Whether a new one is to take its place: it was surplus for a moment, or its process could not start."""
-        if self.sight.state == "failed":
+        """Whether a new one is to take its place: it was surplus for a moment, its process could not start, or the
+        learner refused it, as a successor whom a zombie of its name has displaced after a crash of the learner."""
+        if self.sight.state in ("failed", "refused"):
             return now - self.started_at > RETRY_S
         return self.sight.state == "left" and self.sight.why.startswith(SCALED_DOWN)
 

@@ -135,12 +135,14 @@ def test_waiting_for_room_is_said_once_and_so_is_its_end(scene: Scene) -> None:
     assert scene.lines == ["actor-0 is pending: no room", "actor-0 has found room on 10.0.0.1"]
 
 
-def test_refused_actor_is_said_and_not_replaced(scene: Scene) -> None:
+def test_refused_actor_is_said_and_tried_again_after_a_while(scene: Scene) -> None:
     scene.tick(1)
-    scene.cluster.sights[1] = Sight("refused", "10.0.0.1", "another protocol")
+    scene.cluster.sights[1] = Sight("refused", "10.0.0.1", "another actor is called actor-0")
     assert scene.tick(1) == {"actor-0": "refused"}
-    assert scene.lines == ["actor-0 was refused: another protocol"]
+    assert scene.lines == ["actor-0 was refused: another actor is called actor-0"]
     assert scene.cluster.started == [0]
+    scene.tick(1, RETRY_S)
+    assert (scene.cluster.started, scene.cluster.removed) == ([0, 0], [1])
 
 
 def test_close_removes_all(scene: Scene) -> None:
