@@ -75,7 +75,7 @@ def check_device(recipe: Recipe) -> None:
 
 def check_gpu_memory(recipe: Recipe, model: Path, learner_gpus: Sequence[str], actor_gpus: Sequence[str]) -> None:
     """Raise RecipeError if learner and engines share this machine's only GPU and cannot fit it together."""
-    if list(learner_gpus) != list(actor_gpus) or not learner_gpus or not recipe.actor.count:
+    if list(learner_gpus) != list(actor_gpus) or not learner_gpus or not recipe.actor.count or not gpu_count():
         return
     import torch
 

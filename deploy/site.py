@@ -17,6 +17,9 @@ from protocol.addresses import AUTO, is_loopback
 from protocol.config import Recipe
 from protocol.errors import RecipeError
 
+SHARED = 0.5
+"""The learner's part of an only GPU."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -26,7 +29,7 @@ class Site:
     learner_gpus: Sequence[str] = ()
     """As CUDA_VISIBLE_DEVICES names them; empty: the learner's environment stays as it is."""
     actor_gpus: Sequence[str] = ()
-    """Those that a Ray of the run's own may hand out."""
+    """Those that a Ray of the run's own may hand out; joined: the only one, where the learner shares it."""
     learner_host: str = ""
     """Address that the learner binds; "": the recipe's."""
     joined: bool = False
@@ -54,7 +57,8 @@ def open_site(recipe: Recipe, ray_address: str, note: Callable[[str], None]) -> 
         local = is_loopback(host)  # then nobody reaches the learner from elsewhere
         check_room(recipe, [left_for_actors(node, learner) for node in nodes if node.here or not local])
         with reserve_gpus(learner, node_id) as gpus:
-            yield Site(recipe, gpus, learner_host=host, joined=True, node_id=node_id if local else "")
+            shared = gpus if learner == SHARED else ()
+            yield Site(recipe, gpus, shared, learner_host=host, joined=True, node_id=node_id if local else "")
 
 
 def this_machine(recipe: Recipe) -> Site:
@@ -78,7 +82,7 @@ def cluster_shares(recipe: Recipe, nodes: Sequence[Node]) -> tuple[float, float]
         raise RecipeError(
             f"learner.processes: found {processes}, allowed here: at most {max(1, int(here))}, the GPUs of this node"
         )
-    learner = 0.0 if recipe.learner.device == "cpu" or here < 1 else 0.5 if total == 1 else float(processes)
+    learner = 0.0 if recipe.learner.device == "cpu" or here < 1 else SHARED if total == 1 else float(processes)
     if recipe.actor.engine == "fake" or not total:
         return learner, recipe.actor.gpus
     only = (total - learner) / max(1, recipe.actor.count)

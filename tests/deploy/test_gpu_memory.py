@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from deploy import preflight
 from deploy.gpu_memory import GIB, ModelShape, check_shared_gpu, count_parameters, engine_bytes, learner_bytes
 from protocol.config import Recipe, parse_recipe
 from protocol.errors import RecipeError
@@ -70,3 +73,22 @@ def test_engine_that_cannot_hold_its_model_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"0\.85 of 0\.1 of a GPU, which is 6\.8 GiB of 80\.0 GiB for each engine"):
         check_shared_gpu(recipe(gpus=0.1), QWEN_7B, 80 * GIB)
     check_shared_gpu(recipe(gpus=0.1), replace(QWEN_7B, parameters=10**9), 80 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("learner", "actors", "count", "refused"),
+    [(["0"], ["0"], 1, True), (["1"], ["0"], 1, False), ([], [], 1, False), (["0"], ["0"], 0, False)],
+)
+def test_memory_is_checked_where_both_sides_have_the_same_gpu(
+    learner: list[str], actors: list[str], count: int, refused: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch
+
+    monkeypatch.setattr(preflight, "gpu_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=GIB))
+    check = partial(preflight.check_gpu_memory, recipe(count=count), make_tiny_model(tmp_path / "tiny"))
+    if refused:
+        with pytest.raises(RecipeError, match=r"which is 0\.4 GiB of 1\.0 GiB for each engine"):
+            check(learner, actors)
+    else:
+        check(learner, actors)
