@@ -162,8 +162,9 @@ def remote_run(address: str, name: str) -> Iterator[RemoteRun]:
     """The run of a name in the cluster at an address, or the only one there.
 
     Raises RecipeError if that cannot be joined, or if there is not exactly one such run."""
-    from deploy.ray_cluster import join
+    from deploy.ray_cluster import check_ray_address, join
 
+    check_ray_address(address)
     with join(address):
         import ray
 

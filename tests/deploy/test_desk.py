@@ -53,6 +53,11 @@ def test_model_file_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: py
         model_files(tmp_path)
 
 
+def test_scaling_at_an_address_where_nobody_listens_is_refused_at_once() -> None:
+    with pytest.raises(RecipeError, match=r"--ray-address: nobody listens at 127\.0\.0\.1:1 "):
+        desk.remote_run("127.0.0.1:1", "").__enter__()
+
+
 @pytest.mark.parametrize("name", ["demo", "demo-2", "a-b-c"])
 def test_run_of_is_the_name_in_a_label(tmp_path: Path, name: str) -> None:
     assert run_of(RunDir(tmp_path / name).create().label) == name
