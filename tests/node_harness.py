@@ -25,9 +25,10 @@ def missing() -> str:
         return "needs root, to make namespaces"
     if lacking := [name for name in ("ip", "unshare", "nft") if shutil.which(name) is None]:
         return f"needs {', '.join(lacking)}"
-    tried = subprocess.run(["unshare", "--net", "--pid", "--fork", "--mount-proc", "nft", "list", "ruleset"],
-                           capture_output=True, text=True, check=False)  # fmt: skip
-    return tried.stderr.strip()
+    needed = "nft list ruleset && ip link add br0 type bridge && ip link add veth0 type veth peer name veth1"
+    spaces = ["unshare", "--net", "--pid", "--fork", "--mount-proc"]
+    tried = subprocess.run([*spaces, "sh", "-c", needed], capture_output=True, text=True, check=False)
+    return tried.stderr.strip() if tried.returncode else ""
 
 
 def _run(*command: str, stdin: str | None = None) -> None:
