@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,11 @@ PAUSE_S = 10.0
 class Crew:
     """Context manager: the actors of a run, removed at the end, and the Ray that they run in."""
 
-    def __init__(self, site: Site, run: RunDir, model: Path, view: View) -> None:
+    def __init__(
+        self, site: Site, run: RunDir, model: Path, view: View, ray_started: Callable[[], None] = lambda: None
+    ) -> None:
+        """`ray_started`: called whenever a Ray of the run's own was started here, which takes signal handlers."""
+        self._ray_started = ray_started
         self.site, self.run, self.model, self.view = site, run, model, view
         self.recipe = site.recipe
         self.fleet: Fleet[Any] | None = None
@@ -65,6 +69,7 @@ class Crew:
             if self.site.actor_gpus:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.site.actor_gpus)
             self._stack.enter_context(ray_runtime(self.recipe, ""))
+            self._ray_started()
         arguments = actor_arguments(self.recipe, learner, self.run.logs)
         self.fleet = Fleet(
             RayActors(self.recipe, self.run.label, arguments, self.site.node_id),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from actor.finding import NAMESPACE, Address, desk_name
+from deploy.ray_cluster import check_ray_address, join
 from protocol.errors import RecipeError
 from protocol.scaling import Member, Wish
 
@@ -162,8 +163,6 @@ def remote_run(address: str, name: str) -> Iterator[RemoteRun]:
     """The run of a name in the cluster at an address, or the only one there.
 
     Raises RecipeError if that cannot be joined, or if there is not exactly one such run."""
-    from deploy.ray_cluster import check_ray_address, join
-
     check_ray_address(address)
     with join(address):
         import ray

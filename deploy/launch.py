@@ -92,11 +92,10 @@ def launch(site: Site, run: RunDir, model: Path, view: View) -> int:
         if draws:
             make_keys(run.keys)
         stack.callback(remove_left_over, run)
-        crew = stack.enter_context(Crew(site, run, model, view)) if draws else None
+        crew = stack.enter_context(Crew(site, run, model, view, interrupts.arm)) if draws else None
         learner = stack.enter_context(LearnerProcess(run, model, site))
         if crew and site.recipe.actor.count:
             crew.open()  # while the learner loads the model
-            interrupts.arm()
         if crew:
             _wait_for_endpoint(run, learner, view, interrupts)
         return _watch(run, learner, crew, view, interrupts)
@@ -121,7 +120,6 @@ def _watch(run: RunDir, learner: LearnerProcess, crew: Crew | None, view: View, 
         status = read_json(run.status) or {}
         if crew and not interrupts.count and code not in NO_RESTART:  # actors also wait for a restarted learner
             crew.tick(status)
-            interrupts.arm()
         view.update(status | (crew.figures() if crew else {}))
         if code is not None:
             if interrupts.count and code not in NO_RESTART:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deploy.placement import Node, check_room, cluster_nodes, own_node_id, reserve_gpus
 from deploy.preflight import gpu_count
@@ -91,4 +91,4 @@ def cluster_shares(recipe: Recipe, nodes: Sequence[Node]) -> tuple[float, float]
 
 def left_for_actors(node: Node, learner: float) -> Node:
     """The node without what the learner takes there."""
-    return Node(node.address, node.cpus, node.gpus - learner, True) if node.here else node
+    return replace(node, gpus=node.gpus - learner) if node.here else node

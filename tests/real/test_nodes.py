@@ -172,7 +172,7 @@ def test_run_on_nodes_that_come_and_go(cluster: Cluster, tmp_path: Path) -> None
     until(serving(3, 4), "an actor on the new node", 150)
     before = step()
     until(lambda: step() >= before + 5, "steps with both")
-    until(lambda: False, "the end of the run", 200) if process.poll() is None else None
+    cluster.until(lambda: process.poll() is not None, "the end of the run", 200)
     assert process.wait(10) == 0, (tmp_path / "train.log").read_text()
     assert_all_trained_in_order(run, steps)
     assert "secret" not in json.dumps(read_json(run.summary))
