@@ -46,7 +46,8 @@ class WeightFollower:
         """`welcome()`: the latest one; `enter(phase)` says what goes on; `confirm()` tells the learner of a version."""
         self.engine, self.link, self.staging, self.gate = engine, link, staging, gate
         self.swaps = 0
-        self.fetch_s = self.pause_s = 0.0
+        self.fetch_s = self.pause_s = self.paused_s = 0.0
+        """Of the last swap: fetch, check and staging; the pause of generation. `paused_s`: all pauses so far."""
         self.newest = 0
         self._news: Update | None = None
         self._welcome, self._enter, self._confirm = welcome, enter, confirm
@@ -105,6 +106,7 @@ class WeightFollower:
             staged.release()
         self.fetch_s = sum(staged.seconds.values())
         self.swaps += 1
+        self.paused_s += self.pause_s
         self._enter("serving")
         stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in staged.seconds.items())
         log.info("serves version %d: %s, %s; paused %.2f s", manifest.version, staged.form, stages, self.pause_s)

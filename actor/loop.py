@@ -16,7 +16,6 @@ import platform
 import secrets
 import time
 from collections.abc import Awaitable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -30,6 +29,7 @@ from actor.rollout import rollout
 from actor.staging import Staging
 from protocol.errors import EngineFailed, KeysError
 from protocol.link import Link
+from protocol.memory import resident_bytes
 from protocol.messages import (
     Ack,
     Beat,
@@ -359,7 +359,10 @@ class ActorLoop:
             fetch_s=self.weights.fetch_s,
             pause_s=self.weights.pause_s,
             grader_errors=self.grader_errors,
-            rss_bytes=_rss_bytes(),
+            rss_bytes=resident_bytes(),
+            running=self.gate.running,
+            running_s=self.gate.running_s,
+            paused_s=self.weights.paused_s,
         )
 
     async def _confirm(self) -> None:
@@ -414,12 +417,3 @@ def _causes(error: BaseException) -> list[BaseException]:
     if isinstance(error, BaseExceptionGroup):
         return [cause for inner in error.exceptions for cause in _causes(inner)]
     return [error]
-
-
-def _rss_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")

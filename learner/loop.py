@@ -36,6 +36,7 @@ from learner.publish import Versions
 from learner.ranks import ALONE, Ranks
 from learner.state import RunState
 from learner.summary import process_totals, run_summary
+from learner.telemetry.telemetry import Telemetry
 from learner.trainer import Trainer
 from protocol.config import ROLLOUT_METHODS, Recipe
 from protocol.errors import DeadlineExceeded, EngineFailed, RecipeError
@@ -74,6 +75,7 @@ class Learner:
         self.state = RunState()
         self.restored: dict[str, Any] | None = None
         self._restore()
+        self.telemetry = Telemetry(recipe, run, lambda: self.state.step, lambda: self.status.text, self.trainer.memory)
         self.actors: Actors | None = None
 
     # --- resume ---
@@ -98,7 +100,7 @@ class Learner:
     def __call__(self) -> bool:
         """The whole run. Returns whether it went to its end (False: it was asked to stop, and can be resumed)."""
         try:
-            with self._open():
+            with self.telemetry, self._open():
                 if self.recipe.method == "eval":
                     self._evaluate("eval", self._publish())
                 else:
@@ -141,6 +143,7 @@ class Learner:
             )  # fmt: skip
             if self.restored is not None:
                 self.actors.restore(self.restored)
+            self.telemetry.actors(self.actors)
             self.evaluations = Evaluations(recipe, self.run, self.task, self.actors.source, self.status, self.state)
         self.feed = self._make_feed()
         self.status.set(steps=self.feed.steps)
@@ -223,12 +226,16 @@ class Learner:
         pairs = [self.task.demonstration_tokens(example) for example in self.task.demonstrations]
         batches = Epochs(pairs, warm.batch_size, warm.epochs, self.recipe.seed)
         self.status.set("warm start")
-        for number in range(batches.steps):
-            self._check_interrupt("the warm start")
-            batch = sft.make_batch(batches[number], number)
-            figures = self.trainer.train(batch, warm.lr)
-            self.status.set(warm_start_batch=number + 1, warm_start_batches=batches.steps, loss=figures["loss"])
+        with self.telemetry.clock.of("training"):
+            for number in range(batches.steps):
+                self._warm_start_batch(batches, number)
         self.trainer.restart_optimizer()
+
+    def _warm_start_batch(self, batches: Epochs[Any], number: int) -> None:
+        self._check_interrupt("the warm start")
+        batch = sft.make_batch(batches[number], number)
+        figures = self.trainer.train(batch, self.recipe.warm_start.lr)
+        self.status.set(warm_start_batch=number + 1, warm_start_batches=batches.steps, loss=figures["loss"])
 
     def _check_interrupt(self, where: str) -> None:
         """Raise what a wait would raise now, though there is nothing to wait for."""
@@ -251,6 +258,7 @@ class Learner:
         overlaps = self.recipe.rollout.max_lag > 0 if rolls_out else self.recipe.eval.every_steps > 0
         self.trainer.share_cores(shared=bool(source) and self._on_cpu and overlaps)
         self.status.set("training", step=self.state.step)
+        self.telemetry.clock.enter("other")
         recent: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
         marked = time.monotonic()
         try:
@@ -272,7 +280,8 @@ class Learner:
         if not self._trained():
             raise Interrupted("the next step")
         if source:
-            ended = self.evaluations.finish(self.state.step, self._current_version, self._take_timeout())
+            with self.telemetry.clock.of("evaluating"):
+                ended = self.evaluations.finish(self.state.step, self._current_version, self._take_timeout())
             if ended is not None:
                 self.metrics.amend(ended)
                 self._checkpoint()
@@ -303,10 +312,12 @@ class Learner:
     def _step(self, recent: deque[tuple[float, float]]) -> dict[str, float]:
         """One step: wait for its batch, train on it, publish, commit."""
         step, began, source = self.state.step, time.monotonic(), self.actors.source if self.actors else None
-        waited = source.waited_s if source else 0.0
-        batch = self.feed.batch(step)
+        waited, clock = source.waited_s if source else 0.0, self.telemetry.clock
+        with clock.of("waiting"):
+            batch = self.feed.batch(step)
         train_began = time.monotonic()
-        figures = self.trainer.train(batch, self._lr(step))
+        with clock.of("training"):
+            figures = self.trainer.train(batch, self._lr(step))
         train_s = time.monotonic() - train_began
         self.state.step = step + 1
         if source and self.recipe.method in ROLLOUT_METHODS:
@@ -343,6 +354,7 @@ class Learner:
             figures |= self.actors.work_since_last()
         figures["tokens_per_s"] = sum(tokens for _, tokens in recent) / seconds
         self.metrics.write(step, figures)
+        self.telemetry.step(figures)
         left_s = (self.feed.steps - step) * seconds / len(recent)
         left_s += self.state.evals.get("after_warm_start", self.state.evals.get("before", {})).get("seconds", 0)
         shown = {key: round(value, 4) for key, value in figures.items()}
@@ -438,7 +450,8 @@ class Learner:
 
     def _publish(self) -> int:
         assert self.actors is not None
-        return self.trainer.publish(self.actors.publisher, self.state.step, self.state.branch)
+        with self.telemetry.clock.of("publishing"):
+            return self.trainer.publish(self.actors.publisher, self.state.step, self.state.branch)
 
     def _current_version(self) -> int:
         """A version with the weights of this moment: the step's own, or one made for an evaluation."""
@@ -451,7 +464,8 @@ class Learner:
 
     def _evaluate(self, name: str, version: int) -> None:
         if self.actors:
-            self.evaluations.measure(name, version, self._take_timeout())
+            with self.telemetry.clock.of("evaluating"):
+                self.evaluations.measure(name, version, self._take_timeout())
             self._compare_engines()
 
     def _take_timeout(self) -> float:
@@ -470,6 +484,11 @@ class Learner:
         self.state.guard = self.guard.state()
         tickets, replay_offset = self.actors.tickets() if self.actors else ({}, 0)
         state = self.state.as_json() | {"earlier": process_totals(self.state, self.actors)}
+        with self.telemetry.clock.of("saving"), self.status.during("writing a checkpoint"):
+            self._save(state, tickets, replay_offset)
+        self._write_summary()
+
+    def _save(self, state: dict[str, Any], tickets: dict[str, Any], replay_offset: int) -> None:
         self.trainer.save(
             self.run.checkpoints,
             self.state.step,
@@ -479,7 +498,6 @@ class Learner:
             branch=self.state.branch,
             sound_step=self._sound_step if self._may_go_back else None,
         )
-        self._write_summary()
 
     def _finish(self) -> None:
         """The figures of the whole run, and the actors are sent home."""

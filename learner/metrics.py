@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from protocol.rundir import RunDir, read_jsonl, replace_file, write_json
@@ -82,6 +84,22 @@ class Status:
             self._state |= {"phase": phase, "phase_since": time.time(), "waiting_for": "", "waited_s": 0.0}
         self._state |= fields
         self._write()
+
+    @contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Within: that is what the learner is busy with, since when; not a wait, and no phase of its own."""
+        self.set(None, doing=what, doing_since=time.time())
+        try:
+            yield
+        finally:
+            self.set(None, doing="", doing_since=0.0)
+
+    @property
+    def text(self) -> str:
+        """What goes on, in words."""
+        state = self._state
+        waiting = f", waiting for {state['waiting_for']}" if state.get("waiting_for") else ""
+        return f"{state['phase']}{waiting}" if not state.get("doing") else str(state["doing"])
 
     def waiting(self, what: str, seconds: float) -> None:
         """Say what is being waited for; written at most twice a second."""

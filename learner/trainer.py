@@ -93,6 +93,15 @@ class Trainer:
     def _train(self, batch: Batch, lr: float) -> dict[str, float]:
         return train_step(self.model, self.optimizer, batch, self.recipe, lr, self.ranks)
 
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds on its GPU: "gpu_allocated" by tensors, "gpu_reserved" in all. {} on a CPU."""
+        device = self.model.device
+        if device.type != "cuda":
+            return {}
+        return {
+            "gpu_allocated": torch.cuda.memory_allocated(device), "gpu_reserved": torch.cuda.memory_reserved(device)
+        }  # fmt: skip
+
     def restart_optimizer(self) -> None:
         """Begin anew, without moments."""
         with self._all("restart the optimizer"):

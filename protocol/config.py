@@ -24,6 +24,7 @@ from protocol.sections import (
     GrpoConfig,
     GuardConfig,
     LearnerConfig,
+    MetricsConfig,
     ModelConfig,
     OptimConfig,
     RolloutConfig,
@@ -51,7 +52,9 @@ RESUMABLE_KEYS = (
     "learner.device", "learner.processes", "wire.host", "wire.port", "wire.no_keys_on_trusted_network",
     "eval.examples_shown", "eval.every_steps", "eval.share", "guard.policy", "guard.lr_factor",
     "guard.max_rollbacks", "weights.chunk_mib", "weights.window", "weights.parity", "weights.parity_every",
-    "weights.parity_nats", "weights.anchor_every",
+    "weights.parity_nats", "weights.anchor_every", "metrics.serve", "metrics.host", "metrics.port",
+    "metrics.engine_every_s", "metrics.sample_every_s", "metrics.keep_logprobs", "metrics.wandb",
+    "metrics.wandb_project",
 )  # fmt: skip
 """Keys that `--resume` may change: none of them alters what the finished steps meant."""
 
@@ -81,6 +84,7 @@ class Recipe(Section):
     autoscale: AutoscaleConfig = AutoscaleConfig()
     weights: WeightsConfig = WeightsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
     wire: WireConfig = WireConfig()
 
     @model_validator(mode="before")

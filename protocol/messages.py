@@ -216,6 +216,12 @@ class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """Seconds that generation was paused for the last swap."""
     grader_errors: int = 0
     rss_bytes: int = 0
+    running: int = 0
+    """Requests inside the engine now."""
+    running_s: float = 0.0
+    """The same summed over time: completion-seconds since the actor started."""
+    paused_s: float = 0.0
+    """Seconds that generation was paused for swaps, since the actor started."""
 
 
 class Probe(Message, frozen=True, tag="probe"):

@@ -76,6 +76,26 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def timeline(self) -> Path:
+        """What the run was doing, about once a second (`learner/telemetry/sample.py`)."""
+        return self.path / "timeline.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One line for everything that happened once: {"t": Unix time, "kind": …, "text": …}."""
+        return self.path / "events.jsonl"
+
+    @property
+    def scrape_targets(self) -> Path:
+        """Where Prometheus finds the learner's metrics, as its file_sd_configs wants it; while the learner lives."""
+        return self.path / "metrics-targets.json"
+
+    @property
+    def rollouts(self) -> Path:
+        """What the rollout browser shows beside the journal: the tokenizer, and the learner's logprobs of each step."""
+        return self.path / "rollouts"
+
+    @property
     def versions(self) -> Path:
         """One line for every version number ever reserved: a number never names other bytes."""
         return self.path / "versions.jsonl"

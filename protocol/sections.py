@@ -353,6 +353,29 @@ class CheckpointConfig(Section):
     keep: Positive = 2
 
 
+class MetricsConfig(Section):
+    serve: bool = True
+    """The learner answers Prometheus over HTTP, without a password: figures only, nothing can be changed there."""
+    host: str = "127.0.0.1"
+    """Address of one interface of the learner's machine; loopback unless a Prometheus elsewhere is to reach it."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """0: a free one; the run's metrics-targets.json says which."""
+    engine_every_s: NotNegative = 15.0
+    """An actor sends its engine's own metrics (vLLM's) so often; 0: never."""
+    sample_every_s: PositiveFloat = 1.0
+    """Between two samples of timeline.jsonl."""
+    keep_logprobs: bool = True
+    """The learner's logprobs of each batch are kept in rollouts/, for the browser of rollouts."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases, if it is installed."""
+    wandb_project: str = "tandem"
+
+    @model_validator(mode="after")
+    def _addresses(self) -> MetricsConfig:
+        check_host(self.host)
+        return self
+
+
 class WireConfig(Section):
     host: str = AUTO
     """Address of one interface of the learner's machine. auto: loopback, or this node's address in a joined cluster."""

@@ -127,9 +127,17 @@ class Dispatcher:
         """Train tickets that count against the staleness bound."""
         return len(self.train) + len(self.in_training)
 
-    def _may_admit(self) -> bool:
+    def _most_live(self) -> int:
+        """Train tickets that may be live at once: for the staleness bound, and for the steps that are left."""
         wanted = (self.steps - self.step) * self.groups_per_step
-        return self.live() < min((self.max_lag + 1) * self.groups_per_step, wanted)
+        return min((self.max_lag + 1) * self.groups_per_step, wanted)
+
+    def _may_admit(self) -> bool:
+        return self.live() < self._most_live()
+
+    def backlog(self) -> int:
+        """Train tickets that may be issued now, or admitted and issued, and that nobody has: for want of room."""
+        return max(0, self._most_live() - self.live()) + len(self.train.waiting) if self.training_enabled else 0
 
     def _admit(self) -> None:
         """Add the next ticket of the run. Its position among the live ones says which step will train on it."""

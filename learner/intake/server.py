@@ -70,6 +70,8 @@ class Peer:
     drain: Drain | None = None
     """What it was told when it was sent home."""
     drained_at: float = 0.0
+    serving_s: float = 0.0
+    """Seconds in which it served a version, over its connections of this process."""
 
     @property
     def name(self) -> str:
@@ -188,7 +190,7 @@ class IntakeServer(threading.Thread):
         self.newest_before = 0
         """Newest version that an earlier process of this run announced: actors that outlived it may serve it."""
         self.incidents = FaultCounter("incident")
-        self.rollout_tokens = 0
+        self.rollout_tokens = self.groups_accepted = 0
         self.crash: BaseException | None = None
         self.offsets: dict[int, int] = {}
         """Journal offset of the groups of open train tickets, by index: a checkpoint's replay begins at the least."""
@@ -309,6 +311,7 @@ class IntakeServer(threading.Thread):
             del self.peers[other.id]
             if other.hello.incarnation == hello.incarnation:  # who was sent home stays sent home
                 peer.drain, peer.drained_at = other.drain, other.drained_at
+                peer.serving_s = other.serving_s
         self.peers[peer_id] = peer
         self.totals.max = max(self.totals.max, len(self.peers))
         self.hub.send(peer_id, self.welcome)
@@ -317,6 +320,7 @@ class IntakeServer(threading.Thread):
     def _heartbeat(self, peer: Peer, beat: Heartbeat, now: float) -> None:
         if peer.version:
             self.totals.serving_s += now - peer.beat_at
+            peer.serving_s += now - peer.beat_at
         peer.beat, peer.beat_at = beat, now
         self.hub.send(peer.id, Beat(self.hub.shelf.version))
         self._compare(peer.id, peer.name, beat, now)
@@ -340,7 +344,9 @@ class IntakeServer(threading.Thread):
         if not 0 <= state.version <= newest:
             return f"serves version {state.version}, this run has announced {newest}"
         if isinstance(state, Heartbeat):
-            figures = (state.phase_s, state.busy_s, state.fetch_s, state.pause_s)
+            figures = (
+                state.phase_s, state.busy_s, state.fetch_s, state.pause_s, state.running_s, state.paused_s
+            )  # fmt: skip
             if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
                 return f"figures {figures}, expected finite ones"
         return ""
@@ -390,6 +396,7 @@ class IntakeServer(threading.Thread):
             holder = self.dispatcher.holders().get(group.id)
             offset = self.journal.append_group(group)
             self.rollout_tokens += group.num_tokens
+            self.groups_accepted += 1
             self.totals.failures.clear()
             self.dispatcher.receive(group)
             if is_train(group.id):

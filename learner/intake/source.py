@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,8 @@ class Source:
         self._eval_tickets = 0
         self.waited_s = 0.0
         """Seconds that the learner has waited for groups in all."""
+        self.waits: dict[str, float] = defaultdict(float)
+        """What was waited for ("groups", "actors", "evaluation", "probe") -> seconds, with those of a present wait."""
 
     def wait_for_actor(self, version: int, timeout_s: float) -> None:
         """Wait until one actor serves `version`. Raises EngineFailed (the engine's own error) or DeadlineExceeded."""
@@ -62,13 +65,19 @@ class Source:
         def serving() -> bool:
             return any(peer.version >= version for peer in self.server.peers.values())
 
-        self._wait(serving, lambda: f"an actor that serves version {version}: {self._actor_phases()}", timeout_s)
+        what = f"an actor that serves version {version}"
+        self._wait(serving, lambda: f"{what}: {self._actor_phases()}", timeout_s, kind="actors")
 
     def wait_for_probe(self, timeout_s: float) -> bool:
         """Wait until an actor has answered a probe of its weights, if any is asked; False if none did in time."""
         probes = self.server.probes
         try:
-            self._wait(lambda: not probes.every or probes.answers > 0, lambda: "a probe of the weights", timeout_s)
+            self._wait(
+                lambda: not probes.every or probes.answers > 0,
+                lambda: "a probe of the weights",
+                timeout_s,
+                kind="probe",
+            )
         except DeadlineExceeded as error:
             log.warning("%s: the run goes on, engines are compared later", error)
             return False
@@ -93,7 +102,10 @@ class Source:
             count = len(dispatcher.missing()) or dispatcher.groups_per_step
             return f"{count} groups: {self._actor_phases()}{self._last_failure()}"
 
-        self._wait(complete, missing, timeout_s, progress=lambda: len(dispatcher.train.queued) + dispatcher.filtered)
+        def reached() -> int:
+            return len(dispatcher.train.queued) + dispatcher.filtered
+
+        self._wait(complete, missing, timeout_s, kind="groups", progress=reached)
         assert batch is not None
         self.waited_s += time.monotonic() - began
         self.server.hub.wake()
@@ -167,14 +179,16 @@ class Source:
                 f"evaluation, {done()} of {self._eval_tickets} problems: {self._actor_phases()}{self._last_failure()}"
             )
 
-        self._wait(finished, state, timeout_s, progress=done)
+        self._wait(finished, state, timeout_s, kind="evaluation", progress=done)
         assert result is not None
         return result
 
     def wait_until_left(self, timeout_s: float) -> bool:
         """Wait until every actor has said goodbye; False if some have not."""
         try:
-            self._wait(lambda: not self.server.peers, lambda: "actors to leave", timeout_s, interruptible=False)
+            self._wait(
+                lambda: not self.server.peers, lambda: "actors to leave", timeout_s, kind="actors", interruptible=False
+            )
         except DeadlineExceeded:
             return False
         return True
@@ -193,19 +207,23 @@ class Source:
         condition: Callable[[], bool],
         what: Callable[[], str],
         timeout_s: float,
+        kind: str,
         interruptible: bool = True,
         progress: Callable[[], int] = lambda: 0,
     ) -> None:
         """Wait for a condition, at most `timeout_s` beyond the last change of `progress`; all three run under the lock.
 
         The report, which writes a file, is made outside it."""
-        began = changed_at = time.monotonic()
+        began = changed_at = counted = time.monotonic()
         reported, before = began, -1
         while True:
             with self.server.changed:
+                now = time.monotonic()
+                self.waits[kind] += now - counted
+                counted = now
                 if condition():
                     return
-                now, reached = time.monotonic(), progress()
+                reached = progress()
                 if reached != before:
                     before, changed_at = reached, now
                 self._check_thread()
