@@ -1,11 +1,8 @@
 """How many actors a run should have, from the measured waiting of both sides. Pure: figures in, proposals out.
 
 The learner waits for groups while there are too few actors; actors stand idle, held back by `rollout.max_lag`, while
-there are too many. If n actors were busy for a share b of steps of T seconds in which the learner waited for W, then
-
-    load = n * b * T / (T - W)
-
-actors that never rest would keep a learner that never waits supplied. `crew.py` asks once a step and writes the wish.
+there are too many. How much work there is for actors is the advisor's arithmetic (`learner/telemetry/advisor.py`).
+`crew.py` asks once a step and writes the wish.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from learner.telemetry.advisor import load
 from protocol.sections import AutoscaleConfig
 
 TARGET_BUSY = 0.9
@@ -97,17 +95,17 @@ class Autoscaler:
         step_s = sum(times.step_s for times in self._window)
         waited = sum(times.wait_s for times in self._window) / max(step_s, SHORTEST_WORK)
         busy = sum(times.busy_share * times.step_s for times in self._window) / max(step_s, SHORTEST_WORK)
-        load = actors * busy / max(1 - waited, SHORTEST_WORK)
-        wanted = math.ceil(load / TARGET_BUSY - 1e-9)
+        work = load(actors, busy, waited)
+        wanted = math.ceil(work / TARGET_BUSY - 1e-9)
         if wanted > actors and waited > UP_WAIT:
             wanted = min(wanted, GROWTH * actors)
-        elif wanted < actors and load <= DOWN_BUSY * (actors - 1):
-            wanted = max(wanted, math.ceil(load / DOWN_BUSY - 1e-9))
+        elif wanted < actors and work <= DOWN_BUSY * (actors - 1):
+            wanted = max(wanted, math.ceil(work / DOWN_BUSY - 1e-9))
         else:
             wanted = actors
         wanted = min(max(wanted, self.config.min_actors), self.config.max_actors)
         return Proposal(
             wanted,
             f"in {len(self._window)} steps the learner waited {waited:.0%} of the time and the actors were busy"
-            f" {busy:.0%}: work for {load:.1f} actors",
+            f" {busy:.0%}: work for {work:.1f} actors",
         )

@@ -33,6 +33,8 @@ PAUSES = 0.15
 GROWTH = 2
 """At most so many times as many actors are advised: what is measured far away from the goal is inexact."""
 SMALLEST_SHARE = 1e-3
+ROUNDING = 0.1
+"""An actor more is not advised for less than this share of its work."""
 SERVING = ("generating", "updating", "waiting")
 
 
@@ -64,7 +66,7 @@ class Shares:
     """Share of the actors' time, for updates."""
     backlog: float
     """Tickets that waited for room, mean."""
-    leased: float
+    held: float
     """Tickets in the actors' hands, mean."""
 
     @classmethod
@@ -88,7 +90,7 @@ class Shares:
             busy=of_actors("busy_s"),
             paused=of_actors("paused_s"),
             backlog=sum(sample.backlog for sample in samples) / len(samples),
-            leased=sum(sample.tickets.get("leased", 0) for sample in samples) / len(samples),
+            held=sum(actor.held for sample in samples for actor in sample.actors.values()) / len(samples),
         )
 
 
@@ -107,8 +109,8 @@ def advise(shares: Shares) -> Advice:
     if max(shares.publishing, shares.paused) > PAUSES:
         return _advice("weights", shares, _weights_text(shares))
     if waiting > WAITS:
-        useful = math.floor(n * (1 + shares.backlog / max(shares.leased - shares.backlog, 1.0)))
-        more = min(math.ceil(load(n, busy, waiting) - 0.05), GROWTH * n, useful)
+        useful = math.floor(n * (1 + shares.backlog / max(shares.held, 1.0)) + ROUNDING)
+        more = min(math.ceil(load(n, busy, waiting) - ROUNDING), GROWTH * n, useful)
         if more <= n:
             return _advice("lag", shares, _lag_text(shares))
         gain = speedup(n, busy, waiting, more)

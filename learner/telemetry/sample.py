@@ -29,7 +29,7 @@ class ActorSample(msgspec.Struct, frozen=True, omit_defaults=True):
     held: int = 0
     """Tickets in hand."""
     running: int = 0
-    """Requests inside the engine, of `slots_completions` that fit."""
+    """Requests inside the engine, of `room` that fit."""
     room: int = 0
     """Completions that the engine takes at once."""
     tokens: int = 0

@@ -65,7 +65,8 @@ class Sampler:
         server, publisher, waits = actors.server, actors.publisher, actors.source.waits
         with server.lock:
             peers = {peer.name: peer for peer in server.peers.values()}
-            present = {name: self._actor(peer, server.welcome.group_size) for name, peer in peers.items()}
+            room = int(server.welcome.engine.get("max_running", 0))
+            present = {name: self._actor(peer, room) for name, peer in peers.items()}
             known = set(server.known.incarnations)
             incarnations = {name: peer.hello.incarnation for name, peer in peers.items()}
             fields: dict[str, Any] = {
@@ -87,10 +88,10 @@ class Sampler:
         self._before = {name: (incarnations[name], sample) for name, sample in present.items()}
         return fields | {"actors": present | gone}
 
-    def _actor(self, peer: Peer, group_size: int) -> ActorSample:
+    def _actor(self, peer: Peer, room: int) -> ActorSample:
         beat = peer.beat
         if beat is None:
-            return ActorSample("starting", "connecting", room=peer.hello.slots * group_size)
+            return ActorSample("starting", "connecting", room=room)
         incarnation, before = self._before.get(peer.name, ("", None))
         sample = ActorSample(
             state="starting",
@@ -98,7 +99,7 @@ class Sampler:
             version=beat.version,
             held=len(beat.held),
             running=beat.running,
-            room=peer.hello.slots * group_size,
+            room=room,
             tokens=beat.generated_tokens,
             serving_s=round(peer.serving_s, 3),
             busy_s=round(beat.busy_s, 3),

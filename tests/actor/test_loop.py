@@ -516,6 +516,21 @@ async def test_gate_lets_a_cancelled_waiter_go_without_losing_a_slot() -> None:
     await asyncio.wait_for(enter(), DEADLINE_S)
 
 
+async def test_gate_counts_busy_time_and_completion_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [50.0]
+    monkeypatch.setattr("actor.gate.time.monotonic", lambda: now[0])
+    gate = EngineGate(4)
+    now[0] += 1  # idle
+    async with gate:
+        now[0] += 2
+        async with gate:
+            now[0] += 3
+            assert (gate.running, gate.busy_s, gate.running_s) == (2, 5.0, 2 + 2 * 3)
+        now[0] += 5
+    now[0] += 7
+    assert (gate.running, gate.busy_s, gate.running_s) == (0, 10.0, 2 + 2 * 3 + 5)
+
+
 # --- weights ---
 
 

@@ -14,6 +14,7 @@ from learner.intake.source import Interrupted, StopFlag
 from learner.loop import Learner
 from learner.outcome import GuardStop
 from learner.ranks import ALONE, Ranks
+from learner.telemetry.timeline import TimelineReader
 from protocol.config import Recipe, parse_recipe
 from protocol.keys import make_keys
 from protocol.rundir import RunDir, read_json, read_jsonl, write_json
@@ -122,6 +123,23 @@ def test_sft_without_evaluation_needs_no_actor_and_learns_its_pairs(tmp_path: Pa
     summary = read_json(run.summary)
     assert (summary["method"], summary["steps"], summary["tickets"]["issued"]) == ("sft", 24, 0)
     assert (run.model / "model.safetensors").exists()
+
+
+def test_timeline_of_a_run_adds_up(tmp_path: Path, model: Path) -> None:
+    finished, run = learn(recipe_of(metrics={"sample_every_s": 0.2}), tmp_path, model)
+    samples = list(TimelineReader(run.timeline).new())
+    last, rows, summary = samples[-1], read_jsonl(run.metrics), read_json(run.summary)
+    assert finished and (last.phase, last.step, last.version) == ("finished", 4, summary["weights"]["versions"])
+    assert last.tickets == summary["tickets"] and last.tickets["trained"] == 16
+    assert last.groups == 16 + 2 * 3, "evaluations before and after have their groups, too"
+    assert last.trained_tokens == sum(row["tokens"] for row in rows)
+    assert last.waits["groups"] == pytest.approx(sum(row["wait_s"] for row in rows), rel=0.05, abs=0.05)
+    assert last.phases["training"] == pytest.approx(sum(row["train_s"] for row in rows), rel=0.05, abs=0.05)
+    assert sum(last.phases.values()) == pytest.approx(last.t - samples[0].t, abs=2.0)
+    counted = [(one.groups, one.tokens, one.step, one.weights_bytes) for one in samples]
+    assert counted == sorted(counted), "counts only grow"
+    working = next(actor for one in samples for actor in one.actors.values() if actor.tokens)
+    assert working.version >= 1 and working.room == 16 and working.serving_s > 0
 
 
 def test_sft_goes_on_after_a_stop_as_if_there_had_been_none(tmp_path: Path, model: Path) -> None:
