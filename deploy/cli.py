@@ -209,6 +209,21 @@ def scale(
 
 
 @app.command()
+def status(
+    name: Annotated[
+        str, typer.Argument(metavar="[RUN]", help="Name or directory; default: the one that is running, or the last.")
+    ] = "",
+    runs: RunsDir = Path("runs"),
+    once: Annotated[bool, typer.Option("--once", help="Print it once, and do not follow.")] = False,
+) -> None:
+    """Show a run live: throughput and waiting of both sides, queue, lag, weights, actors, reward, events, advice."""
+    from deploy.runs import run_to_look_at
+    from deploy.status import show
+
+    show(run_to_look_at(name, runs), console, once)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
     """Print a run's report again, and draw its curve."""
     from deploy.report import print_report

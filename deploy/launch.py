@@ -20,7 +20,7 @@ from pathlib import Path
 
 from actor.staging import engine_prefix, safe_name
 from deploy.crew import Crew
-from deploy.progress import View
+from deploy.progress import RecordedView, View
 from deploy.site import Site
 from protocol.errors import DeadlineExceeded
 from protocol.keys import make_keys
@@ -86,6 +86,7 @@ class Interrupts:
 def launch(site: Site, run: RunDir, model: Path, view: View) -> int:
     """Run to the end, or until interrupted. Returns the learner's exit code; everything started here has ended then."""
     interrupts = Interrupts()
+    view = RecordedView(view, run.events)
     draws = site.recipe.needs_actors
     with interrupts.caught(), contextlib.ExitStack() as stack:
         run.status.unlink(missing_ok=True)

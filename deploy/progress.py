@@ -7,6 +7,7 @@ status.json, nothing else.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from learner.telemetry.events import note_event
+
 
 class View(Protocol):
     """Shows people what goes on. The launcher feeds it."""
@@ -26,6 +29,20 @@ class View(Protocol):
 
     def update(self, status: dict[str, Any]) -> None:
         """The learner's present state, and the launcher's figures of its actors."""
+
+
+class RecordedView:
+    """Another view, whose notes are also kept in events.jsonl."""
+
+    def __init__(self, view: View, events: Path) -> None:
+        self._view, self._events = view, events
+
+    def note(self, text: str) -> None:
+        note_event(self._events, "launcher", text)
+        self._view.note(text)
+
+    def update(self, status: dict[str, Any]) -> None:
+        self._view.update(status)
 
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -108,7 +125,7 @@ class ProgressView:
             rows.append(Text(f"waiting {waited:.0f} s for {status['waiting_for']}", style="yellow"))
         rows += [Text(f"{name} is pending: {why}", "yellow") for name, why in status.get("actors_pending", {}).items()]
         if status.get("step") or status.get("phase") == "training":
-            rows += [Text(), _step_bar(status), _figures(status)]
+            rows += [Text(), step_bar(status), _figures(status)]
         if status.get("evals"):
             rows.append(Text("held-out reward: " + evals_line(status["evals"]), style="cyan"))
         if status.get("guard"):
@@ -165,7 +182,7 @@ def actors_line(status: dict[str, Any]) -> str:
     return f"{there} actors" if there == wanted or not wanted else f"{there} of {wanted} actors"
 
 
-def _step_bar(status: dict[str, Any]) -> RenderableType:
+def step_bar(status: dict[str, Any]) -> RenderableType:
     table = Table.grid(padding=(0, 1))
     step, steps = status.get("step", 0), status.get("steps", 1)
     table.add_row(f"step {step}/{steps}", ProgressBar(total=steps, completed=step, width=40))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from deploy.runs import named_run, running_runs
 from protocol.errors import RecipeError
 from protocol.rundir import RunDir
 from protocol.scaling import Member, Wish, actor_number, read_members, read_wish, write_wish
@@ -35,7 +36,7 @@ def find_run(name: str, runs: Path) -> RunDir:
     Raises RecipeError, naming the runs that there are, if it is none or not one.
     """
     if name:
-        run = next((RunDir(path.resolve()) for path in (runs / name, Path(name)) if path.is_dir()), None)
+        run = named_run(name, runs)
         if run is None:
             raise RecipeError(f"scale: no run {name!r} under {runs}{_running(runs)}")
         if not run.is_held("launcher"):
@@ -45,12 +46,6 @@ def find_run(name: str, runs: Path) -> RunDir:
     if len(found) != 1:
         raise RecipeError(f"scale: {len(found)} runs under {runs} are running, expected one or a name{_running(runs)}")
     return found[0]
-
-
-def running_runs(runs: Path) -> list[RunDir]:
-    """Runs whose launcher is alive, by name."""
-    candidates = [RunDir(path.resolve()) for path in sorted(runs.glob("*/")) if (path / "recipe.toml").is_file()]
-    return [run for run in candidates if run.is_held("launcher")]
 
 
 def _running(runs: Path) -> str:

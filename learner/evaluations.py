@@ -128,7 +128,8 @@ class Evaluations:
         write_result(self.run.eval / f"{name}.json", result)
         self.results[name] = asdict(result)
         self._show()
-        log.info("evaluation %s: reward %.3f +- %.3f", name, result.reward, result.reward_ci95)
+        figures = name, result.reward, result.reward_ci95
+        log.info("evaluation %s: reward %.3f +- %.3f", *figures, extra={"event": "evaluation"})
         return result
 
     def _show(self) -> None:

@@ -93,7 +93,7 @@ class Learner:
             raise RecipeError(f"steps: found {self.recipe.steps}, allowed: at least {self.state.step}, already done")
         if self.state.prompt_fingerprint != self.task.fingerprint():
             raise ValueError(f"{self.run.path}: the task's data have changed since this run began; start a new run")
-        log.info("resumed at step %d from %s", self.state.step, latest)
+        log.info("resumed at step %d from %s", self.state.step, latest, extra={"event": "resume"})
 
     # --- the run ---
 
@@ -486,6 +486,7 @@ class Learner:
         state = self.state.as_json() | {"earlier": process_totals(self.state, self.actors)}
         with self.telemetry.clock.of("saving"), self.status.during("writing a checkpoint"):
             self._save(state, tickets, replay_offset)
+        log.info("checkpoint of step %d", self.state.step, extra={"event": "checkpoint"})
         self._write_summary()
 
     def _save(self, state: dict[str, Any], tickets: dict[str, Any], replay_offset: int) -> None:

@@ -305,6 +305,8 @@ class IntakeServer(threading.Thread):
             if before is not None:
                 self.known.replace(hello.actor, before)
                 log.warning("%s is back as incarnation %s; %d leases go back", hello.actor, hello.incarnation, lost)
+            else:
+                log.info("%s joined from %s", hello.actor, hello.host or "somewhere", extra={"event": "actor"})
         self.known.incarnations[hello.actor] = hello.incarnation
         peer = Peer(peer_id, hello, now, now, beat_at=now)
         for other in [other for other in self.peers.values() if other.name == hello.actor]:
@@ -418,7 +420,7 @@ class IntakeServer(threading.Thread):
             log.error("%s failed: %s", peer.name, why)
             self.totals.failures.append(f"{peer.name}: {why}")
         else:
-            log.info("%s left (%s), %d leases go back", peer.name, message.reason, lost)
+            log.info("%s left (%s), %d leases go back", peer.name, message.reason, lost, extra={"event": "actor"})
             if peer.drain is not None:  # whoever comes under this name is no restart of it
                 self.known.replace(peer.name, peer.hello.incarnation)
                 self.known.incarnations.pop(peer.name, None)
@@ -478,5 +480,5 @@ class IntakeServer(threading.Thread):
         for peer in self.peers.values():
             order = self._drain or self.scale.order(peer.name, peer.drain, now - peer.drained_at)
             if order is not None and order != peer.drain and self.hub.send(peer.id, order):
-                log.info("%s is sent home: %s", peer.name, order.reason)
+                log.info("%s is sent home: %s", peer.name, order.reason, extra={"event": "actor"})
                 peer.drain, peer.drained_at = order, now

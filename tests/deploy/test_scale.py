@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.scale import LocalRun, describe, find_run, follow, running_runs
+from deploy.runs import running_runs
+from deploy.scale import LocalRun, describe, find_run, follow
 from protocol.errors import RecipeError
 from protocol.rundir import RunDir
 from protocol.scaling import Member, Wish, read_wish, write_members, write_wish

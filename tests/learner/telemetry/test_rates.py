@@ -1,0 +1,66 @@
+"""Rates against hand-computed ones, over restarts of either side."""
+
+from __future__ import annotations
+
+import pytest
+
+from learner.telemetry.rates import Rates, lately, over_time
+from learner.telemetry.sample import ActorSample, Sample
+
+
+def actor(tokens: int, serving: float, busy: float, paused: float = 0.0) -> ActorSample:
+    return ActorSample("generating", tokens=tokens, serving_s=serving, busy_s=busy, paused_s=paused)
+
+
+BEFORE = Sample(
+    t=100, process=1, groups=10, tokens=1000, trained_tokens=500, weights_bytes=0,
+    phases={"training": 5.0, "waiting": 5.0},
+    actors={"a": actor(800, 10, 9, 1), "b": actor(200, 10, 2)},
+)  # fmt: skip
+AFTER = Sample(
+    t=110, process=1, groups=30, tokens=3000, trained_tokens=2500, weights_bytes=4_000,
+    phases={"training": 13.0, "waiting": 7.0},
+    actors={"a": actor(2800, 20, 19, 2), "b": actor(200, 20, 2)},
+)  # fmt: skip
+
+
+def test_rates_between_two_samples() -> None:
+    found = Rates.between(BEFORE, AFTER)
+    assert (found.seconds, found.groups, found.accepted_tokens) == (10, 2, 200)
+    assert (found.trained_tokens, found.weight_bytes, found.drawn_tokens) == (200, 400, 200)
+    assert found.tokens_of == {"a": 200, "b": 0}
+    assert found.learner == {"training": pytest.approx(0.8), "waiting": pytest.approx(0.2)}
+    assert found.actors == {
+        "generating": pytest.approx(9 / 20), "updating": pytest.approx(1 / 20), "waiting": pytest.approx(10 / 20)
+    }  # fmt: skip
+
+
+def test_rates_of_a_restarted_actor_count_from_zero() -> None:
+    again = Sample(t=110, process=1, actors={"a": actor(50, 1, 1)})
+    assert Rates.between(BEFORE, again).tokens_of == {"a": 5}
+
+
+def test_rates_of_a_restarted_learner_count_from_zero() -> None:
+    again = Sample(t=110, process=2, groups=5, phases={"starting": 4.0, "training": 1.0})
+    found = Rates.between(BEFORE, again)
+    assert found.groups == 0.5
+    assert found.learner == {"starting": pytest.approx(0.8), "training": pytest.approx(0.2)}
+
+
+def test_rates_leave_out_actors_that_are_gone() -> None:
+    assert Rates.between(BEFORE, Sample(t=110, process=1, actors={"a": ActorSample("gone")})).tokens_of == {}
+
+
+def test_rates_over_time_add_up_to_the_whole() -> None:
+    samples = [Sample(t=float(t), process=1, groups=t * t) for t in range(101)]
+    found = over_time(samples, 10)
+    assert len(found) == 10
+    assert sum(rates.groups * rates.seconds for rates in found) == pytest.approx(100 * 100)
+    assert [rates.groups for rates in found] == sorted(rates.groups for rates in found)
+
+
+def test_rates_lately_look_back_so_many_seconds() -> None:
+    samples = [Sample(t=float(t), process=1, groups=max(0, t - 50)) for t in range(101)]
+    found = lately(samples, 20)
+    assert found is not None and (found.seconds, found.groups) == (20, 1.0)
+    assert lately(samples[:1], 20) is None
