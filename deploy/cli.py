@@ -5,6 +5,7 @@ Heavy packages are imported inside the commands, so that `tandem --help` answers
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -238,10 +239,12 @@ def doctor(clean: Annotated[bool, typer.Option("--clean", help="Remove what cras
     from rich.text import Text
 
     from deploy.doctor import clean_stale, run_checks, stale_files
+    from deploy.working import Working
 
     marks = {"ok": Text("ok", "green"), "warn": Text("warn", "yellow"), "fail": Text("fail", "red")}
     table = Table("", "check", "found", "what to do")
-    with console.status("checking"):
+    with Working(console) as working:
+        working("checking")
         checks = run_checks()
     for check in checks:
         table.add_row(marks[check.level], check.name, check.found, check.advice)
@@ -260,8 +263,11 @@ def model_fetch(
 ) -> None:
     """Bring a model to this machine and say where it lies."""
     from deploy.models import resolve_model
+    from deploy.working import Working
 
-    console.print(str(resolve_model(path, console.print)), soft_wrap=True)
+    with Working(console) as working:
+        found = resolve_model(path, working)
+    console.print(str(found), soft_wrap=True)
 
 
 # --- what the commands share ---
@@ -275,14 +281,18 @@ def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> No
     from deploy.progress import ProgressView
     from deploy.report import print_report
     from deploy.site import open_site
+    from deploy.working import Working
     from protocol.rundir import read_json
 
     began = time.monotonic()
-    recipe = resolve_task(recipe, _dim)
-    model = preflight(recipe, _dim, ray_address)
-    with open_site(recipe, ray_address, _dim) as site:
-        recipe = site.recipe
-        check_gpu_memory(recipe, model, site.learner_gpus, site.actor_gpus)
+    with contextlib.ExitStack() as stack:
+        with Working(console) as working:
+            working("checking the recipe")
+            recipe = resolve_task(recipe, working)
+            model = preflight(recipe, working, ray_address)
+            site = stack.enter_context(open_site(recipe, ray_address, working))
+            recipe = site.recipe
+            check_gpu_memory(recipe, model, site.learner_gpus, site.actor_gpus)
         run = make_run()
         console.print(f"run {run.path}", soft_wrap=True)
         with run.lock("launcher"):

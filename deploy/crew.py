@@ -55,7 +55,11 @@ class Crew:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        if self.fleet is None:
+            self._stack.close()
+            return
+        with self.view.doing("ending the actors" if self.site.joined else "ending the actors and Ray"):
+            self._stack.close()
 
     def open(self) -> None:
         """Start a Ray of the run's own, unless a cluster was joined, and make ready for actors."""
@@ -65,10 +69,10 @@ class Crew:
             self._stack.callback(self.desk.close)
         else:
             learner = str(self.run.endpoint)
-            self.view.note("starting Ray")
             if self.site.actor_gpus:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.site.actor_gpus)
-            self._stack.enter_context(ray_runtime(self.recipe, ""))
+            with self.view.doing("starting Ray"):
+                self._stack.enter_context(ray_runtime(self.recipe, ""))
             self._ray_started()
         arguments = actor_arguments(self.recipe, learner, self.run.logs)
         self.fleet = Fleet(

@@ -31,14 +31,16 @@ def fetch(
 ) -> None:
     """Bring a data set into the cache; say where it lies, how many records it has and what they look like."""
     from deploy.datasets import fetch_gsm8k, hub_file, read_records
+    from deploy.working import Working
     from protocol.errors import RecipeError
 
-    if name == GSM8K:
-        files = list(fetch_gsm8k(source, _dim).values())
-    elif source is not None:
+    if name != GSM8K and source is not None:
         raise RecipeError(f"--from: found {source} with {name}, allowed: with {GSM8K}; name a directory itself")
-    else:
-        files = [hub_file(name, subset, split, _dim, again=True)]
+    with Working(console) as working:
+        if name == GSM8K:
+            files = list(fetch_gsm8k(source, working).values())
+        else:
+            files = [hub_file(name, subset, split, working, again=True)]
     for file in files:
         records = read_records(file)
         first = next(records)
@@ -63,11 +65,13 @@ def show(
 
     from deploy.datasets import resolve_task
     from deploy.models import resolve_model
+    from deploy.working import Working
     from learner.intake.data import load_task
     from protocol.config import load_recipe
 
-    recipe = resolve_task(load_recipe(recipe_path, tuple(overrides or ())), _dim)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.model.path, _dim))
+    with Working(console) as working:
+        recipe = resolve_task(load_recipe(recipe_path, tuple(overrides or ())), working)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(recipe.model.path, working))
     print_examples(recipe, load_task(recipe, tokenizer), count)
 
 
@@ -104,7 +108,3 @@ def _print_parts(task: Task, **parts: tuple[int, ...]) -> None:
 
 def _short(text: str) -> str:
     return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}… ({len(text)} characters)"
-
-
-def _dim(text: str) -> None:
-    console.print(text, style="dim")

@@ -7,6 +7,8 @@ status.json, nothing else.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -18,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from deploy.working import LINE_EVERY_S, WORTH_SAYING_S, Working
 from learner.telemetry.events import note_event
 
 
@@ -26,6 +29,9 @@ class View(Protocol):
 
     def note(self, text: str) -> None:
         """A line that stays: something that happened once."""
+
+    def doing(self, what: str) -> AbstractContextManager[object]:
+        """Within: that is what the launcher itself is busy with, and how long already."""
 
     def update(self, status: dict[str, Any]) -> None:
         """The learner's present state, and the launcher's figures of its actors."""
@@ -41,12 +47,15 @@ class RecordedView:
         note_event(self._events, "launcher", text)
         self._view.note(text)
 
+    def doing(self, what: str) -> AbstractContextManager[object]:
+        note_event(self._events, "launcher", what)
+        return self._view.doing(what)
+
     def update(self, status: dict[str, Any]) -> None:
         self._view.update(status)
 
 
 SPARKS = "▁▂▃▄▅▆▇█"
-LINE_EVERY_S = 15.0
 LONG_WAIT_S = 10.0
 """A step is a wait and a calculation; a log line names the wait when it is a long one."""
 
@@ -70,6 +79,7 @@ class ProgressView:
         self.title = title
         self.began = time.monotonic()
         self._note = ""
+        self._doing: tuple[str, float] | None = None
         self._status: dict[str, Any] = {}
         self._live = (
             Live(get_renderable=self._panel, console=console, refresh_per_second=4) if console.is_terminal else None
@@ -95,6 +105,20 @@ class ProgressView:
         line = Text.assemble((minutes(time.monotonic() - self.began), "dim"), f" {text}")
         self.console.print(line, soft_wrap=True)
 
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        self.note(what)
+        self._doing = (what, time.monotonic())
+        try:
+            if self._live:
+                yield
+            else:
+                with Working(self.console) as working:
+                    working.go_on(what)
+                    yield
+        finally:
+            self._doing = None
+
     def update(self, status: dict[str, Any]) -> None:
         self._status = status
         if self._live is None:
@@ -107,8 +131,6 @@ class ProgressView:
         now = time.monotonic()
         if not status or (key == self._printed and now - self._printed_at < LINE_EVERY_S):
             return
-        if key == self._printed and not status.get("waiting_for"):
-            return
         self._printed, self._printed_at = key, now
         clock = minutes(now - self.began)
         if status.get("guard") and status["guard"] != self._guard:
@@ -120,6 +142,9 @@ class ProgressView:
         status = self._status
         elapsed = minutes(time.monotonic() - self.began)
         rows: list[RenderableType] = [Text(describe_phase(status) or self._note or "starting", style="bold")]
+        if self._doing:
+            what, since = self._doing
+            rows.append(Text(f"{what} ({time.monotonic() - since:.0f} s)", style="yellow"))
         if status.get("waiting_for"):
             waited = status.get("waited_s", 0.0)
             rows.append(Text(f"waiting {waited:.0f} s for {status['waiting_for']}", style="yellow"))
@@ -149,14 +174,23 @@ LINE_FIGURES = {
 
 
 def describe_phase(status: dict[str, Any]) -> str:
-    """The learner's phase in words."""
+    """The learner's phase in words, and since when where that is longer than a glance."""
     phase = str(status.get("phase", ""))
+    if status.get("doing"):
+        return f"{status['doing']}{_since(status.get('doing_since'))}"
     if phase == "warm start" and "warm_start_batch" in status:
         return (
             f"warm start (SFT): batch {status['warm_start_batch']} of {status['warm_start_batches']},"
             f" loss {status['loss']:.3f}"
         )
-    return phase
+    unfinished = phase not in ("training", "finished", "stopped", "")
+    return f"{phase}{_since(status.get('phase_since'))}" if unfinished and not status.get("waiting_for") else phase
+
+
+def _since(began: float | None) -> str:
+    """How long something has been going on; "" at first."""
+    seconds = time.time() - began if began else 0.0
+    return f" ({seconds:.0f} s)" if seconds > WORTH_SAYING_S else ""
 
 
 def describe(status: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ SERVING = Sight("running", "10.0.0.1", working=True, phase="serving")
 class View:
     def __init__(self) -> None:
         self.notes: list[str] = []
+
+    def doing(self, what: str) -> contextlib.AbstractContextManager[object]:
+        self.note(what)
+        return contextlib.nullcontext()
 
     def note(self, text: str) -> None:
         self.notes.append(text)
