@@ -74,6 +74,8 @@ class Hub:
         """Of weights: chunks, and the deltas inside news times those who listen."""
         self.emptied_at = time.monotonic()
         """When all that had come over the work socket had last been taken in: no message has waited since before."""
+        self.frames: list[bytes] = []
+        """Those of the message that `poll` gave last, as they came."""
         self._subscribers = 0
         self._context = zmq.Context()
         self._wake_in, self._wake_out = socket.socketpair()
@@ -153,11 +155,11 @@ class Hub:
         """Messages that have come; returns whether these are all."""
         for _ in range(at_most):
             try:
-                peer, *frames = sock.recv_multipart(zmq.NOBLOCK)
+                peer, *self.frames = _take(sock)
             except zmq.Again:
                 return True
             try:
-                yield peer, codec.decode_from_actor(frames, self.limits)
+                yield peer, codec.decode_from_actor(self.frames, self.limits)
             except UnknownVersion as error:
                 self.faults("unknown version", error)
                 self._send(sock, peer, Refused(f"{error}; this learner speaks {PROTOCOL_VERSION}"))
@@ -224,3 +226,13 @@ class Hub:
         self._context.destroy(LINGER_MS)
         self._wake_in.close()
         self._wake_out.close()
+
+
+def _take(sock: zmq.Socket[bytes]) -> list[bytes]:
+    """The frames of the next message, as `recv_multipart` gives them in a third more time. Raises zmq.Again."""
+    frames = []
+    while True:
+        frame = sock.recv(zmq.NOBLOCK, copy=False)
+        frames.append(frame.bytes)
+        if not frame.more:
+            return frames

@@ -139,14 +139,17 @@ def unlike(
         return f"{len(group.completions)} completions, expected {ticket.group_size}"
     if group.temperature != ticket.sampling.temperature:
         return f"temperature {group.temperature}, expected {ticket.sampling.temperature}"
-    longest = max(completion.num_tokens for completion in group.completions)
+    longest = max([completion.num_tokens for completion in group.completions])
     if longest > ticket.sampling.max_tokens:
         return f"a completion of {longest} tokens, expected at most {ticket.sampling.max_tokens}"
     token_ids, logprobs = np.frombuffer(group.token_ids, "<i4"), np.frombuffer(group.logprobs, "<f4")
-    if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocabulary):
-        return f"token ids {token_ids.min()}..{token_ids.max()}, expected 0..{vocabulary - 1}"
-    if not (np.isfinite(logprobs).all() and (logprobs <= LOGPROB_ROUNDING).all()):
-        return f"logprobs {logprobs.min()}..{logprobs.max()}, expected finite ones of at most 0"
+    if token_ids.size:
+        low, high = token_ids.min(), token_ids.max()
+        if low < 0 or high >= vocabulary:
+            return f"token ids {low}..{high}, expected 0..{vocabulary - 1}"
+        least, most = logprobs.min(), logprobs.max()  # both are nan if one logprob is
+        if not (-np.inf < least and most <= LOGPROB_ROUNDING):
+            return f"logprobs {least}..{most}, expected finite ones of at most 0"
     for version in {version for completion in group.completions for version, _ in completion.spans}:
         step = step_of(version)
         if ticket.kind == "eval" and pinned and version != ticket.min_version:
@@ -196,6 +199,8 @@ class IntakeServer(threading.Thread):
         self.swap_pauses: deque[float] = deque(maxlen=1000)
         self.swap_fetches: deque[float] = deque(maxlen=1000)
         self.known = ActorsSeen()
+        self._acks: dict[bytes, list[TicketId]] = {}
+        """By connection, what is acknowledged at the end of this turn."""
         self._named: dict[str, Peer] = {}
         """The peers by actor: each has one connection that counts."""
         self._rooms = Rooms()
@@ -253,6 +258,7 @@ class IntakeServer(threading.Thread):
             with self.lock:
                 self._receive(peer_id, message, time.monotonic())
             arrived = True
+        self._acknowledge()
         with self.changed:
             now = time.monotonic()
             while self._offers:
@@ -263,6 +269,15 @@ class IntakeServer(threading.Thread):
             self._hand_out(now)
             if arrived:
                 self.changed.notify_all()
+
+    def _acknowledge(self) -> None:
+        """Acknowledge the groups of a turn, once the journal has them for good: one sync for all, outside the lock."""
+        if not self._acks:
+            return
+        self.journal.commit()
+        for peer_id, ids in self._acks.items():
+            self.hub.send(peer_id, Ack(tuple(ids)))
+        self._acks.clear()
 
     def _look_around(self, now: float) -> None:
         """What goes through all actors and is not due at every turn."""
@@ -394,8 +409,14 @@ class IntakeServer(threading.Thread):
 
         A group that is still wanted is left alone: the actor sends it again, and the first one journaled counts.
         """
-        sent = set(unacked)
-        done = tuple(ticket_id for ticket_id in stray if ticket_id in sent and not self.dispatcher.wanted(ticket_id))
+        if not stray:
+            return
+        sent, journaled_now = set(unacked), set[TicketId]().union(*self._acks.values())
+        done = tuple(
+            ticket_id
+            for ticket_id in stray
+            if ticket_id in sent and ticket_id not in journaled_now and not self.dispatcher.wanted(ticket_id)
+        )
         cancelled = tuple(ticket_id for ticket_id in stray if ticket_id not in sent)
         if done:
             self.hub.send(peer_id, Ack(done))
@@ -403,7 +424,7 @@ class IntakeServer(threading.Thread):
             self.hub.send(peer_id, Cancel(cancelled))
 
     def _group(self, peer: Peer, group: Group) -> None:
-        """Journal first, then acknowledge. Duplicates and latecomers are acknowledged and dropped."""
+        """Journal first, acknowledge at the end of the turn. Duplicates and latecomers are acknowledged and dropped."""
         ticket = self.dispatcher.wanted(group.id)
         fault = ticket and unlike(
             group,
@@ -418,7 +439,7 @@ class IntakeServer(threading.Thread):
             self.dispatcher.give_back(group.id, peer.name, fault, group.attempt)
         elif ticket is not None:
             holder = self.dispatcher.holder(group.id)
-            offset = self.journal.append_group(group)
+            offset = self.journal.append_group(group, self.hub.frames)
             self.rollout_tokens += group.num_tokens
             self.totals.failures.clear()
             self.dispatcher.receive(group)
@@ -430,7 +451,7 @@ class IntakeServer(threading.Thread):
                 self._cancel(holder, group.id)
         else:
             self.dispatcher.receive(group)
-        self.hub.send(peer.id, Ack((group.id,)))
+        self._acks.setdefault(peer.id, []).append(group.id)
 
     def _goodbye(self, peer: Peer, message: Goodbye) -> None:
         self.probes.gone(peer.hello.incarnation)
