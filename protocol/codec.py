@@ -52,7 +52,7 @@ class Limits:
         """Raise OversizedFrame if a multipart message has too many frames, or one that is too large."""
         if len(frames) > self.max_frames:
             raise OversizedFrame(f"{len(frames)} frames, allowed: {self.max_frames}")
-        largest = max((len(frame) for frame in frames), default=0)
+        largest = max(map(len, frames), default=0)
         if largest > self.max_frame_bytes:
             raise OversizedFrame(f"a frame of {largest} bytes, allowed: {self.max_frame_bytes}")
 
@@ -114,26 +114,37 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], frames: Sequence[Frame], limi
 
 def _check_group(group: m.Group) -> None:
     """Raise MalformedFrame unless lengths, spans and scores fit together, so that nobody downstream need doubt them."""
-    if any(completion.num_tokens < 0 for completion in group.completions):
-        raise MalformedFrame(f"group {group.id}: negative num_tokens")
-    for name, item in zip(BUFFER_FIELDS[m.Group], GROUP_ITEM_BYTES, strict=True):
-        found = len(getattr(group, name))
-        if found != group.num_tokens * item:
-            raise MalformedFrame(f"group {group.id}: {name} has {found} bytes, expected {group.num_tokens * item}")
+    count = 0
     for completion in group.completions:
-        starts = [start for _, start in completion.spans]
-        if completion.num_tokens and (not starts or starts[0] != 0):
-            raise MalformedFrame(f"group {group.id}: version spans do not start at token 0: {completion.spans}")
-        if starts != sorted(set(starts)) or (starts and starts[-1] >= max(completion.num_tokens, 1)):
-            raise MalformedFrame(f"group {group.id}: version spans out of order or range: {completion.spans}")
+        if completion.num_tokens < 0:
+            raise MalformedFrame(f"group {group.id}: negative num_tokens")
+        count += completion.num_tokens
+        if len(completion.spans) != 1 or completion.spans[0][1] != 0:  # else: one version drew all of it
+            _check_spans(group, completion)
         if not math.isfinite(completion.scores.get("reward", math.nan)):
             raise MalformedFrame(f'group {group.id}: no finite "reward" in {completion.scores}')
+    for name, item in zip(BUFFER_FIELDS[m.Group], GROUP_ITEM_BYTES, strict=True):
+        found = len(getattr(group, name))
+        if found != count * item:
+            raise MalformedFrame(f"group {group.id}: {name} has {found} bytes, expected {count * item}")
+
+
+def _check_spans(group: m.Group, completion: m.Completion) -> None:
+    starts = [start for _, start in completion.spans]
+    if completion.num_tokens and (not starts or starts[0] != 0):
+        raise MalformedFrame(f"group {group.id}: version spans do not start at token 0: {completion.spans}")
+    if starts != sorted(set(starts)) or (starts and starts[-1] >= max(completion.num_tokens, 1)):
+        raise MalformedFrame(f"group {group.id}: version spans out of order or range: {completion.spans}")
+
+
+def frame_lengths(frames: Sequence[Frame]) -> bytes:
+    """What stands before joined frames: their count and lengths, little-endian uint32."""
+    return struct.pack(f"<I{len(frames)}I", len(frames), *map(len, frames))
 
 
 def join_frames(frames: Sequence[Frame]) -> bytes:
-    """One byte string that `split_frames` takes apart: for the journal. Count and lengths are little-endian uint32."""
-    lengths = [len(frame) for frame in frames]
-    return b"".join([struct.pack(f"<I{len(lengths)}I", len(lengths), *lengths), *frames])
+    """One byte string that `split_frames` takes apart: for the journal."""
+    return b"".join([frame_lengths(frames), *frames])
 
 
 def split_frames(data: bytes) -> list[Frame]:

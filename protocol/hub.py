@@ -9,7 +9,8 @@ import contextlib
 import errno
 import logging
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 
 import zmq
 import zmq.asyncio
@@ -71,6 +72,10 @@ class Hub:
         self.shelf = Shelf()
         self.bytes_sent = 0
         """Of weights: chunks, and the deltas inside news times those who listen."""
+        self.emptied_at = time.monotonic()
+        """When all that had come over the work socket had last been taken in: no message has waited since before."""
+        self.frames: list[bytes] = []
+        """Those of the message that `poll` gave last, as they came."""
         self._subscribers = 0
         self._context = zmq.Context()
         self._wake_in, self._wake_out = socket.socketpair()
@@ -140,17 +145,21 @@ class Hub:
             self._subscribers += {b"\x01": 1, b"\x00": -1}.get(self._news.recv(), 0)
         if self._bulk in ready:
             self._serve_bulk()
+        emptied = True
         if self._work in ready:
-            yield from self._receive(self._work)
+            emptied = yield from self._receive(self._work)
+        if emptied:
+            self.emptied_at = time.monotonic()
 
-    def _receive(self, sock: zmq.Socket[bytes], at_most: int = 256) -> Iterator[tuple[bytes, Message]]:
+    def _receive(self, sock: zmq.Socket[bytes], at_most: int = 256) -> Generator[tuple[bytes, Message], None, bool]:
+        """Messages that have come; returns whether these are all."""
         for _ in range(at_most):
             try:
-                peer, *frames = sock.recv_multipart(zmq.NOBLOCK)
+                peer, *self.frames = _take(sock)
             except zmq.Again:
-                return
+                return True
             try:
-                yield peer, codec.decode_from_actor(frames, self.limits)
+                yield peer, codec.decode_from_actor(self.frames, self.limits)
             except UnknownVersion as error:
                 self.faults("unknown version", error)
                 self._send(sock, peer, Refused(f"{error}; this learner speaks {PROTOCOL_VERSION}"))
@@ -158,6 +167,7 @@ class Hub:
                 self.faults("oversized", error)
             except WireError as error:
                 self.faults("malformed", error)
+        return False
 
     def send(self, peer: bytes, message: Message) -> bool:
         """Queue a message for a peer. False, and counted, if the peer is gone or its pipe is full; never blocks."""
@@ -216,3 +226,13 @@ class Hub:
         self._context.destroy(LINGER_MS)
         self._wake_in.close()
         self._wake_out.close()
+
+
+def _take(sock: zmq.Socket[bytes]) -> list[bytes]:
+    """The frames of the next message, as `recv_multipart` gives them in a third more time. Raises zmq.Again."""
+    frames = []
+    while True:
+        frame = sock.recv(zmq.NOBLOCK, copy=False)
+        frames.append(frame.bytes)
+        if not frame.more:
+            return frames

@@ -19,8 +19,9 @@ Kind = Literal["train", "eval"]
 Form = Literal["snapshot", "delta"]
 
 
-class Message(Struct, frozen=True, tag_field="t", omit_defaults=False, forbid_unknown_fields=False):
-    """Base of everything that is sent."""
+class Message(Struct, frozen=True, tag_field="t", omit_defaults=False, forbid_unknown_fields=False, gc=False):
+    """Base of everything that is sent. Messages hold no cycles (`gc=False`), and a learner holds ten thousands of them:
+    looking through those took the collector as long as decoding them."""
 
 
 class TensorSpec(Struct, frozen=True, array_like=True):
@@ -39,7 +40,7 @@ class TensorSpec(Struct, frozen=True, array_like=True):
 # --- work: ROUTER (learner) / DEALER (actor) ------------------------------------------------------------------------
 
 
-class TicketId(Struct, frozen=True, array_like=True, order=True):
+class TicketId(Struct, frozen=True, array_like=True, order=True, gc=False):
     """Names one ticket for the whole run, across restarts: `index` counts up without gaps within `epoch`."""
 
     epoch: int
@@ -49,7 +50,7 @@ class TicketId(Struct, frozen=True, array_like=True, order=True):
         return f"{self.epoch}/{self.index}"
 
 
-class Sampling(Struct, frozen=True):
+class Sampling(Struct, frozen=True, gc=False):
     """How completions are drawn. Train tickets keep `top_p`, `top_k` and `min_p` off: they would bias the gradient."""
 
     max_tokens: int
@@ -82,7 +83,7 @@ class Ticket(Message, frozen=True, tag="ticket"):
     """The actor starts this ticket only when it serves at least this version."""
 
 
-class Completion(Struct, frozen=True):
+class Completion(Struct, frozen=True, gc=False):
     """One completion of a group. Its tokens lie in the group's buffers, `num_tokens` long, in order of completions."""
 
     num_tokens: int

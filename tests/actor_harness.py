@@ -16,7 +16,7 @@ import zmq
 from actor.fake_engine import FakeEngine
 from actor.loop import ActorLoop
 from protocol import codec
-from protocol.messages import Beat, Goodbye, Group, Heartbeat, Hello, Message, Ticket, TicketId
+from protocol.messages import Ack, Beat, Goodbye, Group, Heartbeat, Hello, Message, Ticket, TicketId
 from protocol.sockets import peer_id
 from tests.intake_harness import Intake
 
@@ -173,6 +173,13 @@ class Puppet:
             if isinstance(message, kind):
                 found.append(message)
         return found
+
+    def acknowledged(self, count: int) -> list[TicketId]:
+        """The next ids that are acknowledged, `count` of them, in however many messages."""
+        ids: list[TicketId] = []
+        while len(ids) < count:
+            ids += self.next(Ack)[0].ids
+        return ids
 
     def rest(self) -> list[Message]:
         """All messages so far; the last ones are waited for a moment."""

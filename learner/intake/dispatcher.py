@@ -15,7 +15,7 @@ The epoch of a train ticket is the branch of the run. `roll_back` opens a new on
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -62,7 +62,7 @@ class Dispatcher:
         self.make_ticket = make_ticket
         self.is_filtered = is_filtered
         self.max_filtered_per_step = max_filtered_per_step
-        self.filtered_groups: list[Group] = []
+        self.filtered_groups: dict[TicketId, Group] = {}
         """Those filtered since the last batch was taken."""
         self.filtered_before: list[Group] = []
         """Those filtered between the batch in hand and the one before."""
@@ -75,6 +75,10 @@ class Dispatcher:
         self.next_index = 0
         self.step_versions: dict[int, int] = {}
         """Version that carries the weights of a step; empty until the first publication."""
+        self.newest_version = 0
+        """Of those; 0 before the first."""
+        self._published_steps: list[int] = []
+        """The steps of `step_versions`, in order."""
         self._steps: dict[int, int] = {}
         """Step whose weights a version carries, for every version that a group may name."""
         self.training_enabled = False
@@ -83,7 +87,13 @@ class Dispatcher:
         """Every token of the evaluation must be of one version."""
         self.eval_share = 1.0
         """Leases that an evaluation beside training may have, of all."""
-        self.train, self.eval = Ledger(), Ledger()
+        self.room_changed: dict[str, None] = {}
+        """Actors whose leases have changed since `server.py` looked last; it empties this."""
+        self.train, self.eval = self._ledger_of(), self._ledger_of()
+        self._line: list[int] = []
+        """Indices of the open train tickets (waiting, leased or queued), in order."""
+        self._first_missing = 0
+        """A place in line before which all are queued: how far `_is_complete` has come."""
         self.in_training: dict[TicketId, Group] = {}
         self._replay: dict[int, Group] = {}
         """Journaled groups of tickets that a resumed run has not reached again."""
@@ -105,7 +115,8 @@ class Dispatcher:
         if version <= 0:
             return None
         kinds = [self._issue_eval, self._issue_train]
-        if self.training_enabled and len(self.eval.leased) >= self.eval_share * (len(self.holders()) + 1):
+        leases = len(self.train.leased) + len(self.eval.leased)
+        if self.training_enabled and len(self.eval.leased) >= self.eval_share * (leases + 1):
             kinds.reverse()  # the evaluation has its share: it takes what training leaves
         ticket = kinds[0](actor, version, now) or kinds[1](actor, version, now)
         self.check()
@@ -154,20 +165,29 @@ class Dispatcher:
             self._count_filtered(group)
         elif group is not None:
             self.train.queued[ticket_id] = group
+            self._line.append(index)
         elif index in self._replay_failed:
             self.train.failed[ticket_id] = self._replay_failed.pop(index)
         else:
-            self.train.waiting.append(msgspec.structs.replace(self.make_ticket(ticket_id), min_version=min_version))
+            self.train.add(msgspec.structs.replace(self.make_ticket(ticket_id), min_version=min_version))
+            self._line.append(index)
+
+    def _leave_line(self, index: int) -> None:
+        """An open ticket is none any more, out of turn: those behind it move up."""
+        place = bisect_left(self._line, index)
+        del self._line[place]
+        self._first_missing = min(self._first_missing, place)
 
     def _filter(self, group: Group) -> None:
         """Dynamic sampling: free the slot of a queued group that is worth nothing, so that another is admitted."""
         if is_train(group.id) and len(self.filtered_groups) < self.max_filtered_per_step and self.is_filtered(group):
             del self.train.queued[group.id]
+            self._leave_line(group.id.index)
             self._count_filtered(group)
 
     def _count_filtered(self, group: Group) -> None:
         self.filtered += 1
-        self.filtered_groups.append(group)
+        self.filtered_groups[group.id] = group
 
     def receive(self, group: Group) -> bool:
         """Take in a journaled group. False: duplicate, late or unknown; acknowledge it and forget it."""
@@ -181,9 +201,7 @@ class Dispatcher:
 
     def wanted(self, ticket_id: TicketId) -> Ticket | None:
         """The ticket, if a group for it would be accepted: only then is a group journaled."""
-        ledger = self._ledger(ticket_id)
-        lease = ledger.leased.get(ticket_id)
-        return lease.ticket if lease else next((ticket for ticket in ledger.waiting if ticket.id == ticket_id), None)
+        return self._ledger(ticket_id).wanted(ticket_id)
 
     def give_back(self, ticket_id: TicketId, actor: str, why: str, attempt: int = 0, excused: bool = False) -> None:
         """A lease is lost: the ticket is issued again, or failed after `max_attempts`.
@@ -198,6 +216,8 @@ class Dispatcher:
             if ledger.give_back(ticket_id, self.max_attempts, why):
                 self.reissued += is_train(ticket_id)
             else:
+                if is_train(ticket_id):
+                    self._leave_line(ticket_id.index)
                 self.newly_failed.append((ticket_id, why))
                 self.failed_in_a_row += bool(attempt) and is_train(ticket_id)
         self.check()
@@ -209,48 +229,51 @@ class Dispatcher:
         """
         listed_ids = set(listed)
         for ledger in (self.train, self.eval):
-            for ticket_id, lease in list(ledger.leased.items()):
-                if lease.actor != actor:
-                    continue
+            for ticket_id, lease in list(ledger.leases_of(actor).items()):
                 if ticket_id in listed_ids:
                     lease.missed_beats = 0
                 else:
                     lease.missed_beats += 1
                     if lease.missed_beats >= MISSED_BEATS:
                         self.give_back(ticket_id, actor, f"{actor} does not list it")
-        holders = self.holders()
-        return [ticket_id for ticket_id in listed_ids if holders.get(ticket_id) != actor]
+        return [ticket_id for ticket_id in listed_ids if self.holder(ticket_id) != actor]
 
     def actor_gone(self, actor: str, why: str, excused: bool = False) -> int:
         """Take back all leases of an actor; returns how many."""
-        lost = [ticket_id for ticket_id, holder in self.holders().items() if holder == actor]
+        lost = self.leases_of(actor)
         for ticket_id in lost:
             self.give_back(ticket_id, actor, why, excused=excused)
         return len(lost)
 
     def stragglers(self, now: float, older_than_s: float) -> list[tuple[TicketId, str]]:
         """Leases (ticket, actor) that have kept the next batch, or an evaluation that is waited for, for too long."""
-        batch = set(self._oldest_ids())
-        return [
-            (ticket_id, lease.actor)
-            for ledger in (self.train, self.eval)
-            for ticket_id, lease in ledger.leased.items()
-            if now - lease.issued_at > older_than_s
-            and (self.eval_pinned if ledger is self.eval else ticket_id in batch)
+        behind = self._line[self.groups_per_step : self.groups_per_step + 1]
+        late = [
+            lease
+            for lease in self.train.leased_before(now - older_than_s)
+            if not behind or lease.ticket.id.index < behind[0]
         ]
+        if self.eval_pinned:
+            late += self.eval.leased_before(now - older_than_s)
+        return [(lease.ticket.id, lease.actor) for lease in late]
 
     def leases_of(self, actor: str) -> list[TicketId]:
-        return [ticket_id for ticket_id, holder in self.holders().items() if holder == actor]
+        return [*self.train.leases_of(actor), *self.eval.leases_of(actor)]
 
     def completions_of(self, actor: str) -> int:
         """Completions that an actor is to draw for its leases."""
-        leases = [*self.train.leased.values(), *self.eval.leased.values()]
-        return sum(lease.ticket.group_size for lease in leases if lease.actor == actor)
+        leases = [*self.train.leases_of(actor).values(), *self.eval.leases_of(actor).values()]
+        return sum(lease.ticket.group_size for lease in leases)
 
     def recall(self) -> None:
         """Take back the train tickets in the actors' hands: training has ended. They would be issued again."""
         for ticket_id, lease in list(self.train.leased.items()):
             self.give_back(ticket_id, lease.actor, "training has ended", excused=True)
+
+    def holder(self, ticket_id: TicketId) -> str | None:
+        """Who has the lease of a ticket."""
+        lease = self._ledger(ticket_id).leased.get(ticket_id)
+        return lease.actor if lease else None
 
     def holders(self) -> dict[TicketId, str]:
         """Who has which lease."""
@@ -260,14 +283,25 @@ class Dispatcher:
 
     def take(self) -> list[Group] | None:
         """The batch of the next step, if complete: the oldest `groups_per_step` live tickets, all of them queued."""
-        ids = self._oldest_ids()
-        if len(ids) < self.groups_per_step or any(ticket_id not in self.train.queued for ticket_id in ids):
+        if not self._is_complete():
             return None
-        batch = [self.train.queued.pop(ticket_id) for ticket_id in ids]
+        batch = [self.train.queued.pop(ticket_id) for ticket_id in self._oldest_ids()]
+        del self._line[: len(batch)]
+        self._first_missing = 0
         self.in_training = {group.id: group for group in batch}
-        self.filtered_before, self.filtered_groups = self.filtered_groups, []
+        self.filtered_before, self.filtered_groups = [*self.filtered_groups.values()], {}
         self.check()
         return batch
+
+    def _is_complete(self) -> bool:
+        """Whether the next batch is there. A place that was found queued is not looked at again before it is taken: no
+        queued ticket is leased again, and one that leaves the line takes the mark back (`_leave_line`)."""
+        wanted = min(self.groups_per_step, len(self._line))
+        while self._first_missing < wanted and (
+            TicketId(self.branch, self._line[self._first_missing]) in self.train.queued
+        ):
+            self._first_missing += 1
+        return self._first_missing >= self.groups_per_step
 
     def holds(self, index: int) -> bool:
         """Whether the group of a train index is here and not part of a batch: a checkpoint's replay must find it."""
@@ -276,17 +310,14 @@ class Dispatcher:
 
     def is_filtered_out(self, ticket_id: TicketId) -> bool:
         """Whether the group of a ticket has been filtered since the last batch was taken."""
-        return any(group.id == ticket_id for group in self.filtered_groups)
+        return ticket_id in self.filtered_groups
 
     def missing(self) -> list[TicketId]:
         """What `take` waits for."""
         return [ticket_id for ticket_id in self._oldest_ids() if ticket_id not in self.train.queued]
 
     def _oldest_ids(self) -> list[TicketId]:
-        return sorted(self._open_ids())[: self.groups_per_step]
-
-    def _open_ids(self) -> list[TicketId]:
-        return [*(ticket.id for ticket in self.train.waiting), *self.train.leased, *self.train.queued]
+        return [TicketId(self.branch, index) for index in self._line[: self.groups_per_step]]
 
     def commit(self) -> None:
         """The batch in training became a step of the run."""
@@ -296,8 +327,13 @@ class Dispatcher:
         self.check()
 
     def published(self, step: int, version: int) -> None:
-        """Version `version` carries the weights of `step`, and may be asked of actors from now on."""
+        """Version `version` carries the weights of `step`, and may be asked of actors from now on.
+
+        Versions grow with steps; one step may be published again."""
+        if step not in self.step_versions:
+            insort(self._published_steps, step)
         self.step_versions[step] = version
+        self.newest_version = max(self.newest_version, version)
         self._steps[version] = step
 
     def step_of(self, version: int) -> int | None:
@@ -314,13 +350,15 @@ class Dispatcher:
         if not is_train(ticket_id):
             ticket = self.wanted(ticket_id)
             return (self.step_of(ticket.min_version) or 0) if ticket else 0
-        place = sum(open_id < ticket_id for open_id in self._open_ids())
+        place = bisect_left(self._line, ticket_id.index)
         return max(0, self.step + (len(self.in_training) + place) // self.groups_per_step - self.max_lag)
 
     def version_of_step(self, step: int) -> int:
         """Smallest published version with the weights of `step` or later: what a ticket may ask of an engine."""
-        fitting = [version for published, version in self.step_versions.items() if published >= step]
-        return min(fitting, default=max(self.step_versions.values(), default=1))
+        place = bisect_left(self._published_steps, step)
+        if place == len(self._published_steps):
+            return self.newest_version or 1
+        return self.step_versions[self._published_steps[place]]
 
     def start_evaluation(self, tickets: list[Ticket], pinned: bool = True, share: float = 1.0) -> None:
         """Queue evaluation tickets. While training goes on they get `share` of the leases, and what is left over.
@@ -328,7 +366,7 @@ class Dispatcher:
         `pinned`: groups must be of exactly the tickets' `min_version`; otherwise that one or later."""
         assert not len(self.eval), "one evaluation at a time"
         assert all(not is_train(ticket.id) and ticket.kind == "eval" for ticket in tickets)
-        self.eval = Ledger(waiting=deque(tickets), opened=len(tickets))
+        self.eval = self._ledger_of(tickets)
         self.eval_pinned, self.eval_share = pinned, share
 
     def finish_evaluation(self) -> tuple[list[Group], dict[TicketId, str]] | None:
@@ -336,13 +374,16 @@ class Dispatcher:
         if self.eval.waiting or self.eval.leased:
             return None
         groups = [self.eval.queued[ticket_id] for ticket_id in sorted(self.eval.queued)]
-        failed, self.eval = self.eval.failed, Ledger()
+        failed, self.eval = self.eval.failed, self._ledger_of()
         return groups, failed
 
     # --- accounting ---
 
     def _ledger(self, ticket_id: TicketId) -> Ledger:
         return self.train if is_train(ticket_id) else self.eval
+
+    def _ledger_of(self, waiting: Iterable[Ticket] = ()) -> Ledger:
+        return Ledger(waiting, self.room_changed)
 
     def counts(self) -> dict[str, int]:
         """The `tickets` field of summary.json."""
@@ -362,25 +403,25 @@ class Dispatcher:
 
     def check(self) -> None:
         """Assert the accounting of both kinds and the staleness bound. A violation is a bug, no state to go on from."""
-        counts = self.counts()
-        states = ("trained", "filtered", "failed", "dropped", "abandoned", "in_training", "queued", "leased")
-        assert counts["issued"] == sum(counts[state] for state in states), f"tickets do not add up: {counts}"
+        live = len(self.train) + len(self.in_training)
+        finished = self.trained + self.filtered + len(self.train.failed) + self.dropped
+        assert self.next_index == finished + live, f"tickets do not add up: {self.counts()}"
         assert self.eval.opened == len(self.eval) + len(self.eval.failed), "evaluation tickets do not add up"
-        assert self.live() <= (self.max_lag + 1) * self.groups_per_step, (
-            f"more live tickets than max_lag allows: {counts}"
+        assert live <= (self.max_lag + 1) * self.groups_per_step, (
+            f"more live tickets than max_lag allows: {self.counts()}"
         )
+        assert len(self._line) == len(self.train), f"{len(self._line)} in line, {len(self.train)} open"
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint between two steps: finished ids as a high-water mark and the sparse rest, and counters."""
         assert not self.in_training, "checkpoints are taken between steps"
-        unfinished = sorted(self._open_ids())
         return {
             "branch": self.branch,
             "step": self.step,
             "next_index": self.next_index,
-            "unfinished": [ticket_id.index for ticket_id in unfinished],
+            "unfinished": [*self._line],
             "failed": {str(ticket_id.index): why for ticket_id, why in self.train.failed.items()},
-            "filtered_since_batch": [group.id.index for group in self.filtered_groups],
+            "filtered_since_batch": [ticket_id.index for ticket_id in self.filtered_groups],
             "trained": self.trained,
             "filtered": self.filtered,
             "dropped": self.dropped,
@@ -413,8 +454,9 @@ class Dispatcher:
         self._replay = {i: group for i, group in known.items() if i in open_ or i >= self.next_index}
         self._replay_failed = {id_.index: why for id_, why in failed if id_.epoch == self.branch}
         self._replay_filtered = {id_.index for id_ in filtered if id_.epoch == self.branch}
-        self.filtered_groups = [known[i] for i in state.get("filtered_since_batch", ()) if i in known]
-        replayed = [*self._replay, *(group.id.index for group in self.filtered_groups)]
+        filtered_before = [known[i] for i in state.get("filtered_since_batch", ()) if i in known]
+        self.filtered_groups = {group.id: group for group in filtered_before}
+        replayed = [*self._replay, *(group.id.index for group in filtered_before)]
         for index in state["unfinished"]:
             self._open(index, version)
         self.check()
@@ -430,9 +472,11 @@ class Dispatcher:
         finished = sum(state[name] for name in ("trained", "filtered", "dropped")) + len(state["failed"])
         abandoned = self.next_index + self.abandoned - finished
         duplicates, reissued = self.duplicates, self.reissued
-        self.train, self.eval, self.in_training = Ledger(), Ledger(), {}
+        self.room_changed |= dict.fromkeys(self.holders().values())
+        self.train, self.eval, self.in_training = self._ledger_of(), self._ledger_of(), {}
+        self._line, self._first_missing = [], 0
         self._replay, self._replay_failed, self._replay_filtered = {}, {}, set()
-        self.newly_failed, self.filtered_groups = [], []
+        self.newly_failed, self.filtered_groups = [], {}
         self._take_up(state, branch, version, self._steps)
         self.abandoned, self.duplicates, self.reissued = abandoned, duplicates, reissued
         for index in state["unfinished"]:
@@ -445,5 +489,6 @@ class Dispatcher:
         for name in ("trained", "filtered", "dropped", "abandoned", "duplicates", "reissued"):
             setattr(self, name, state[name])
         self.train.failed = {TicketId(branch, int(index)): why for index, why in state["failed"].items()}
-        self.step_versions = {self.step: version}
+        self.step_versions, self._published_steps = {self.step: version}, [self.step]
+        self.newest_version = version
         self._steps = {old: step for old, step in versions.items() if step <= self.step} | {version: self.step}

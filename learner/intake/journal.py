@@ -14,7 +14,7 @@ import logging
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,45 +44,59 @@ class Journal:
         self.fsync = fsync
         path.parent.mkdir(parents=True, exist_ok=True)
         end = _sound_end(path) if path.exists() else 0
-        self._file = open(path, "ab")  # noqa: SIM115 - open for the life of the run
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
         if self._file.tell() > end:
             log.warning("journal %s: cut a torn record of %d bytes at its end", path, self._file.tell() - end)
             self._file.truncate(end)
-            self._file.seek(end)
+        self.end = end
+        """Offset of the next record."""
 
-    def append_group(self, group: Group) -> int:
-        """Write a group; returns the offset of its record. When this returns, the group survives the process."""
-        return self._append(1, codec.join_frames(codec.encode(group)))
+    def append_group(self, group: Group, frames: Sequence[codec.Frame] = ()) -> int:
+        """Write a group; returns the offset of its record. When this returns, the group survives the process, after the
+        next `commit` the machine, too, if that is asked for. `frames`: the group as it came, if they are at hand."""
+        frames = frames or codec.encode(group)
+        return self._append(1, codec.frame_lengths(frames), *frames)
 
     def append_step(self, step: int, version: int, ids: list[tuple[int, int]]) -> int:
-        """Write the composition of a batch that became step `step`, published as `version`."""
-        return self._append(2, json.dumps({"step": step, "version": version, "ids": ids}).encode())
+        """Write, and commit, the composition of a batch that became step `step`, published as `version`."""
+        offset = self._append(2, json.dumps({"step": step, "version": version, "ids": ids}).encode())
+        self.commit()
+        return offset
 
     def append_failed(self, ids: tuple[int, int], why: str) -> int:
-        """Write that a ticket has failed for good: without it, a replay would hand its place in line to the next."""
-        return self._append(3, json.dumps({"id": ids, "why": why}).encode())
+        """Write, and commit, that a ticket has failed for good: without it, a replay would hand its place in line to
+        the next."""
+        offset = self._append(3, json.dumps({"id": ids, "why": why}).encode())
+        self.commit()
+        return offset
 
     def append_filtered(self, ids: tuple[int, int]) -> int:
         """Write that a ticket's group was filtered: it hung on what had arrived before, so a replay cannot tell."""
         return self._append(4, json.dumps({"id": ids}).encode())
 
+    def commit(self) -> None:
+        """Before groups are acknowledged: with `fsync`, all records so far survive the machine when this returns."""
+        if self.fsync:
+            self.sync()
+
     def sync(self) -> None:
         """All records so far survive the machine when this returns: before a checkpoint names an offset."""
         os.fsync(self._file.fileno())
 
-    def _append(self, kind: int, payload: bytes) -> int:
-        offset = self._file.tell()
-        head = HEAD.pack(MAGIC, kind, len(payload), xxhash.xxh3_64_intdigest(payload))
-        self._file.write(head + HEAD_DIGEST.pack(xxhash.xxh32_intdigest(head)) + payload)
-        self._file.flush()
-        if self.fsync:
-            self.sync()
+    def _append(self, kind: int, *parts: codec.Frame) -> int:
+        """One record, whose payload is the parts one after the other: written as they are, without a copy."""
+        offset, length, digest = self.end, sum(map(len, parts)), xxhash.xxh3_64()
+        for part in parts:
+            digest.update(part)
+        head = HEAD.pack(MAGIC, kind, length, digest.intdigest())
+        head += HEAD_DIGEST.pack(xxhash.xxh32_intdigest(head))
+        written = os.writev(self._file.fileno(), [head, *parts])
+        if written < len(head) + length:  # a signal, or a disk that is all but full
+            rest = memoryview(b"".join([head, *parts]))
+            while written < len(rest):
+                written += os.write(self._file.fileno(), rest[written:])
+        self.end += written
         return offset
-
-    @property
-    def end(self) -> int:
-        """Offset of the next record."""
-        return self._file.tell()
 
     def close(self) -> None:
         self._file.close()

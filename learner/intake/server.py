@@ -20,6 +20,7 @@ import numpy as np
 from learner.intake.dispatcher import Dispatcher, is_train
 from learner.intake.journal import Journal
 from learner.intake.probes import Probes
+from learner.intake.rooms import Rooms
 from learner.intake.scaling import ScaleWatch
 from protocol.hub import Hub
 from protocol.messages import (
@@ -140,14 +141,17 @@ def unlike(
         return f"{len(group.completions)} completions, expected {ticket.group_size}"
     if group.temperature != ticket.sampling.temperature:
         return f"temperature {group.temperature}, expected {ticket.sampling.temperature}"
-    longest = max(completion.num_tokens for completion in group.completions)
+    longest = max([completion.num_tokens for completion in group.completions])
     if longest > ticket.sampling.max_tokens:
         return f"a completion of {longest} tokens, expected at most {ticket.sampling.max_tokens}"
     token_ids, logprobs = np.frombuffer(group.token_ids, "<i4"), np.frombuffer(group.logprobs, "<f4")
-    if token_ids.size and not (token_ids.min() >= 0 and token_ids.max() < vocabulary):
-        return f"token ids {token_ids.min()}..{token_ids.max()}, expected 0..{vocabulary - 1}"
-    if not (np.isfinite(logprobs).all() and (logprobs <= LOGPROB_ROUNDING).all()):
-        return f"logprobs {logprobs.min()}..{logprobs.max()}, expected finite ones of at most 0"
+    if token_ids.size:
+        low, high = token_ids.min(), token_ids.max()
+        if low < 0 or high >= vocabulary:
+            return f"token ids {low}..{high}, expected 0..{vocabulary - 1}"
+        least, most = logprobs.min(), logprobs.max()  # both are nan if one logprob is
+        if not (-np.inf < least and most <= LOGPROB_ROUNDING):
+            return f"logprobs {least}..{most}, expected finite ones of at most 0"
     for version in {version for completion in group.completions for version, _ in completion.spans}:
         step = step_of(version)
         if ticket.kind == "eval" and pinned and version != ticket.min_version:
@@ -197,6 +201,13 @@ class IntakeServer(threading.Thread):
         self.swap_pauses: deque[float] = deque(maxlen=1000)
         self.swap_fetches: deque[float] = deque(maxlen=1000)
         self.known = ActorsSeen()
+        self._acks: dict[bytes, list[TicketId]] = {}
+        """By connection, what is acknowledged at the end of this turn."""
+        self._named: dict[str, Peer] = {}
+        """The peers by actor: each has one connection that counts."""
+        self._rooms = Rooms()
+        self._looked = -math.inf
+        """When `_look_around` ran last."""
         self._swaps: dict[str, int] = {}
         self._offers: deque[tuple[Snapshot, tuple[Delta, bytes] | None]] = deque()
         self._drain: Drain | None = None
@@ -219,6 +230,7 @@ class IntakeServer(threading.Thread):
         """Ask every actor to leave, also those that say hello from now on."""
         with self.lock:
             self._drain = Drain(reason)
+            self._looked = -math.inf
         self.hub.wake()
 
     def stop(self) -> None:
@@ -242,21 +254,41 @@ class IntakeServer(threading.Thread):
             self.hub.close()
 
     def _turn(self) -> None:
-        """Take in what arrived, look for the silent, hand out what is free."""
+        """Take in what arrived, look for the silent now and then, hand out what is free."""
+        arrived = False
         for peer_id, message in self.hub.poll(POLL_S):
-            with self.changed:
+            with self.lock:
                 self._receive(peer_id, message, time.monotonic())
-                self.changed.notify_all()
+            arrived = True
+        self._acknowledge()
         with self.changed:
             now = time.monotonic()
             while self._offers:
                 self.hub.announce(*self._offers.popleft())
-            self.scale.look(now)
-            self._drain_peers(now)
-            self._bury_silent(now)
-            self._cancel_stragglers(now)
+            if now - self._looked >= POLL_S:
+                self._look_around(now)
             self._journal_failures()
             self._hand_out(now)
+            if arrived:
+                self.changed.notify_all()
+
+    def _acknowledge(self) -> None:
+        """Acknowledge the groups of a turn, once the journal has them for good: one sync for all, outside the lock."""
+        if not self._acks:
+            return
+        self.journal.commit()
+        for peer_id, ids in self._acks.items():
+            self.hub.send(peer_id, Ack(tuple(ids)))
+        self._acks.clear()
+
+    def _look_around(self, now: float) -> None:
+        """What goes through all actors and is not due at every turn."""
+        self._looked = now
+        self.scale.look(now)
+        for peer in self.peers.values():
+            self._send_home(peer, now)
+        self._bury_silent(now)
+        self._cancel_stragglers(now)
 
     def _receive(self, peer_id: bytes, message: Message, now: float) -> None:
         if isinstance(message, Hello):
@@ -309,20 +341,31 @@ class IntakeServer(threading.Thread):
                 log.info("%s joined from %s", hello.actor, hello.host or "somewhere", extra={"event": "actor"})
         self.known.incarnations[hello.actor] = hello.incarnation
         peer = Peer(peer_id, hello, now, now, beat_at=now)
-        for other in [other for other in self.peers.values() if other.name == hello.actor]:
-            del self.peers[other.id]
-            if other.hello.incarnation == hello.incarnation:  # who was sent home stays sent home
+        for other in (self._named.get(hello.actor), self.peers.get(peer_id)):
+            if other is None or self.peers.get(other.id) is not other:
+                continue
+            self._forget(other)
+            if (other.name, other.hello.incarnation) == (peer.name, hello.incarnation):  # sent home: it stays so
                 peer.drain, peer.drained_at = other.drain, other.drained_at
                 peer.serving_s = other.serving_s
-        self.peers[peer_id] = peer
+        self.peers[peer_id] = self._named[hello.actor] = peer
+        self.dispatcher.room_changed[peer.name] = None
         self.totals.max = max(self.totals.max, len(self.peers))
         self.hub.send(peer_id, self.welcome)
         self._compare(peer_id, hello.actor, hello, now)
+        self._send_home(peer, now)
+
+    def _forget(self, peer: Peer) -> None:
+        """This connection is no actor's any more."""
+        del self.peers[peer.id], self._named[peer.name]
+        self.dispatcher.room_changed[peer.name] = None
 
     def _heartbeat(self, peer: Peer, beat: Heartbeat, now: float) -> None:
         if peer.version:
             self.totals.serving_s += now - peer.beat_at
             peer.serving_s += now - peer.beat_at
+        if beat.version != peer.version:
+            self.dispatcher.room_changed[peer.name] = None
         peer.beat, peer.beat_at = beat, now
         self.hub.send(peer.id, Beat(self.hub.shelf.version))
         self._compare(peer.id, peer.name, beat, now)
@@ -342,7 +385,7 @@ class IntakeServer(threading.Thread):
         """What no actor of this run can say; "" if it may all be true."""
         if len(state.held) + len(state.unacked) > MAX_LISTED:
             return f"{len(state.held) + len(state.unacked)} tickets listed, allowed: {MAX_LISTED}"
-        newest = max([self.newest_before, *self.dispatcher.step_versions.values()])
+        newest = max(self.newest_before, self.dispatcher.newest_version)
         if not 0 <= state.version <= newest:
             return f"serves version {state.version}, this run has announced {newest}"
         if isinstance(state, Heartbeat):
@@ -356,13 +399,15 @@ class IntakeServer(threading.Thread):
     def _compare(self, peer_id: bytes, actor: str, state: Hello | Heartbeat, now: float) -> None:
         """Compare an actor's absolute state with its leases.
 
-        A lease younger than a heartbeat counts as listed: the ticket may have crossed with this message.
+        A lease younger than a heartbeat counts as listed: the ticket may have crossed with this message. So does one
+        that is older only since this message has waited here, where more comes in than this thread can take.
         """
+        may_have_crossed = min(now, self.hub.emptied_at) - self.wire.heartbeat_s
         young = [
             ticket_id
             for ledger in (self.dispatcher.train, self.dispatcher.eval)
-            for ticket_id, lease in ledger.leased.items()
-            if lease.actor == actor and now - lease.issued_at < self.wire.heartbeat_s
+            for ticket_id, lease in ledger.leases_of(actor).items()
+            if lease.issued_at > may_have_crossed
         ]
         stray = self.dispatcher.beat(actor, [*state.held, *state.unacked, *young])
         self._settle_strays(peer_id, stray, state.unacked)
@@ -372,8 +417,14 @@ class IntakeServer(threading.Thread):
 
         A group that is still wanted is left alone: the actor sends it again, and the first one journaled counts.
         """
-        sent = set(unacked)
-        done = tuple(ticket_id for ticket_id in stray if ticket_id in sent and not self.dispatcher.wanted(ticket_id))
+        if not stray:
+            return
+        sent, journaled_now = set(unacked), set[TicketId]().union(*self._acks.values())
+        done = tuple(
+            ticket_id
+            for ticket_id in stray
+            if ticket_id in sent and ticket_id not in journaled_now and not self.dispatcher.wanted(ticket_id)
+        )
         cancelled = tuple(ticket_id for ticket_id in stray if ticket_id not in sent)
         if done:
             self.hub.send(peer_id, Ack(done))
@@ -381,7 +432,7 @@ class IntakeServer(threading.Thread):
             self.hub.send(peer_id, Cancel(cancelled))
 
     def _group(self, peer: Peer, group: Group) -> None:
-        """Journal first, then acknowledge. Duplicates and latecomers are acknowledged and dropped."""
+        """Journal first, acknowledge at the end of the turn. Duplicates and latecomers are acknowledged and dropped."""
         ticket = self.dispatcher.wanted(group.id)
         fault = ticket and unlike(
             group,
@@ -395,8 +446,8 @@ class IntakeServer(threading.Thread):
             self.hub.faults("group unlike its ticket", f"{group.id} of {peer.name}: {fault}")
             self.dispatcher.give_back(group.id, peer.name, fault, group.attempt)
         elif ticket is not None:
-            holder = self.dispatcher.holders().get(group.id)
-            offset = self.journal.append_group(group)
+            holder = self.dispatcher.holder(group.id)
+            offset = self.journal.append_group(group, self.hub.frames)
             self.rollout_tokens += group.num_tokens
             self.groups_accepted += 1
             self.totals.failures.clear()
@@ -409,12 +460,12 @@ class IntakeServer(threading.Thread):
                 self._cancel(holder, group.id)
         else:
             self.dispatcher.receive(group)
-        self.hub.send(peer.id, Ack((group.id,)))
+        self._acks.setdefault(peer.id, []).append(group.id)
 
     def _goodbye(self, peer: Peer, message: Goodbye) -> None:
         self.probes.gone(peer.hello.incarnation)
         lost = self.dispatcher.actor_gone(peer.name, message.error or message.reason, excused=not message.error)
-        del self.peers[peer.id]
+        self._forget(peer)
         if message.error:
             why = message.error[:MAX_ERROR_CHARACTERS]
             log.error("%s failed: %s", peer.name, why)
@@ -429,7 +480,7 @@ class IntakeServer(threading.Thread):
         for peer in list(self.peers.values()):
             silence = now - peer.last_seen
             if silence > self.wire.dead_after_s:
-                del self.peers[peer.id]
+                self._forget(peer)
                 self.probes.gone(peer.hello.incarnation)
                 lost = self.dispatcher.actor_gone(peer.name, f"silent for {silence:.0f} s")
                 log.warning("%s was silent for %.0f s: %d leases go back", peer.name, silence, lost)
@@ -450,35 +501,44 @@ class IntakeServer(threading.Thread):
         self.dispatcher.newly_failed.clear()
 
     def _cancel(self, actor: str, ticket_id: TicketId) -> None:
-        for peer in self.peers.values():
-            if peer.name == actor:
-                self.hub.send(peer.id, Cancel((ticket_id,)))
+        if (peer := self._named.get(actor)) is not None:
+            self.hub.send(peer.id, Cancel((ticket_id,)))
 
     def _hand_out(self, now: float) -> None:
         """One ticket at a time to the actor with the most room, so that the oldest tickets spread first.
 
         Room is counted in completions: an evaluation's tickets may hold more or fewer of them than training's."""
-        free = {
-            peer.id: peer.hello.slots * self.welcome.group_size - self.dispatcher.completions_of(peer.name)
-            for peer in self.peers.values()
-            if peer.version and peer.drain is None
-        }
-        while free:
-            peer_id = max(free, key=lambda candidate: free[candidate])
-            peer = self.peers[peer_id]
-            ticket = self.dispatcher.issue(peer.name, peer.version, now) if free[peer_id] > 0 else None
+        unreachable: list[str] = []
+        too_old = 0
+        self._note_rooms()
+        while (actor := self._rooms.most(above=too_old)) is not None:
+            peer = self._named[actor]
+            ticket = self.dispatcher.issue(actor, peer.version, now)
             if ticket is None:
-                del free[peer_id]
-            elif self.hub.send(peer_id, ticket):
-                free[peer_id] -= ticket.group_size
-            else:
-                self.dispatcher.give_back(ticket.id, peer.name, "its pipe is full", excused=True)
-                del free[peer_id]
+                too_old = peer.version  # what this version may not begin, an older one may not either
+            elif not self.hub.send(peer.id, ticket):
+                self.dispatcher.give_back(ticket.id, actor, "its pipe is full", excused=True)
+                self.dispatcher.room_changed.pop(actor, None)
+                self._rooms.put(actor, peer.version, 0)
+                unreachable.append(actor)
+            self._note_rooms()
+        self.dispatcher.room_changed |= dict.fromkeys(unreachable)  # to be tried again at the next turn
 
-    def _drain_peers(self, now: float) -> None:
-        """Send everybody home at the end, and the surplus at any time."""
-        for peer in self.peers.values():
-            order = self._drain or self.scale.order(peer.name, peer.drain, now - peer.drained_at)
-            if order is not None and order != peer.drain and self.hub.send(peer.id, order):
-                log.info("%s is sent home: %s", peer.name, order.reason, extra={"event": "actor"})
-                peer.drain, peer.drained_at = order, now
+    def _note_rooms(self) -> None:
+        """Compute anew what room those have for whom it may have changed."""
+        for actor in self.dispatcher.room_changed:
+            peer = self._named.get(actor)
+            room, version = 0, 0
+            if peer is not None and peer.version and peer.drain is None:
+                version = peer.version
+                room = peer.hello.slots * self.welcome.group_size - self.dispatcher.completions_of(actor)
+            self._rooms.put(actor, version, room)
+        self.dispatcher.room_changed.clear()
+
+    def _send_home(self, peer: Peer, now: float) -> None:
+        """Tell an actor to leave: everybody at the end, the surplus at any time."""
+        order = self._drain or self.scale.order(peer.name, peer.drain, now - peer.drained_at)
+        if order is not None and order != peer.drain and self.hub.send(peer.id, order):
+            log.info("%s is sent home: %s", peer.name, order.reason, extra={"event": "actor"})
+            peer.drain, peer.drained_at = order, now
+            self.dispatcher.room_changed[peer.name] = None

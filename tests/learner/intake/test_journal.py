@@ -71,15 +71,22 @@ def test_group_is_on_disk_when_append_returns(path: Path) -> None:
 
 
 @pytest.mark.parametrize("fsync", [False, True])
-def test_journal_syncs_each_record_if_the_recipe_says_so(
+def test_journal_syncs_what_is_committed_if_the_recipe_says_so(
     path: Path, monkeypatch: pytest.MonkeyPatch, fsync: bool
 ) -> None:
     sizes: list[int] = []
     monkeypatch.setattr(journal_module.os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
     log = Journal(path, fsync=fsync)
-    log.append_group(group(0))
-    log.append_step(1, 1, [(0, 0)])
-    assert (sizes[-1:], len(sizes)) == (([log.end], 2) if fsync else ([], 0)), "synced after it was written"
+    ends = []
+    for index in range(2):
+        log.append_group(group(index))
+        assert len(sizes) == index * fsync, "groups are committed together"
+        log.commit()
+        ends.append(log.end)
+    for append in (lambda: log.append_step(1, 1, [(0, 0)]), lambda: log.append_failed((0, 2), "no")):
+        append()
+        ends.append(log.end)
+    assert sizes == (ends if fsync else []), "synced after it was written"
     log.close()
 
 

@@ -95,7 +95,7 @@ def test_acknowledgement_follows_the_journal_write(tmp_path: Path, monkeypatch: 
         tickets = leased(intake, puppet, 4)
         for ticket in tickets:
             puppet.send(group_of(ticket))
-        assert {ticket_id for ack in puppet.next(Ack, 4) for ticket_id in ack.ids} == {t.id for t in tickets}
+        assert set(puppet.acknowledged(4)) == {t.id for t in tickets}
         assert on_disk == [True] * 4
 
 
@@ -107,7 +107,7 @@ def test_group_is_not_acknowledged_when_the_journal_cannot_be_written(
     with Puppet(intake.address) as puppet:
         (ticket, *_) = leased(intake, puppet, 1)
 
-        def full(group: Group) -> int:
+        def full(group: Group, frames: Any) -> int:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(intake.journal, "append_group", full)
@@ -125,7 +125,7 @@ def test_duplicate_is_acknowledged_and_dropped(tmp_path: Path) -> None:
         group = group_of(tickets[0])
         for _ in range(3):
             puppet.send(group)
-        assert [ack.ids for ack in puppet.next(Ack, 3)] == [(FIRST,)] * 3
+        assert puppet.acknowledged(3) == [FIRST] * 3
         puppet.send(group_of(make_ticket(77)))  # never issued
         assert puppet.next(Ack)[0].ids == (TicketId(0, 77),)
         assert journal_of(tmp_path) == [group]

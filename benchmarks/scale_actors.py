@@ -1,0 +1,311 @@
+"""Simulated actors for `benchmarks/scale.py`: the real link and protocol, no engine, many of them in one process.
+
+An actor says hello, subscribes to news, confirms a version the moment it hears of it, sends heartbeats with its
+absolute state, and answers tickets with whole groups that it remembers until they are acknowledged. What it does not do
+is generate: groups are prepared before, with skewed lengths, and only the ticket's id, the actor's name and the version
+are put into the prepared header (`Prepared`), so that the senders are not what is measured. All actors of a process
+share one loop around one poller: a task for each of them would cost several times as much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import psutil
+import zmq
+
+from protocol import codec
+from protocol.keys import load_actor_keys
+from protocol.link import Link
+from protocol.messages import (
+    Ack,
+    Beat,
+    Cancel,
+    Completion,
+    Drain,
+    Goodbye,
+    Group,
+    Heartbeat,
+    Hello,
+    Message,
+    Refused,
+    Rehello,
+    Ticket,
+    TicketId,
+    Update,
+    Welcome,
+)  # fmt: skip
+
+Mode = Literal["paced", "saturating"]
+
+GROUP_SIZE, MEAN_TOKENS, MAX_TOKENS = 8, 256, 1_024
+PROMPT = tuple(range(1_000, 1_200))
+VOCABULARY = 50_000
+SKEW = 0.8
+"""Standard deviation of the logarithm of a completion's length: the longest tenth is beyond twice the mean."""
+CHARACTERS_PER_TOKEN = 4
+POOL = 64
+"""Different groups that are prepared."""
+TURN_S = 0.02
+"""Longest wait of the loop, for what is no socket's."""
+_ID, _NAME = TicketId(0x7FFF_FFF1, 0x7FFF_FFF3), "name-of-the-actor"
+
+
+def make_groups(seed: int = 0) -> list[Group]:
+    """Groups of 8 completions with log-normal lengths, 256 tokens on average, random tokens and text."""
+    draw = np.random.default_rng(seed)
+    lengths = np.exp(draw.normal(0, SKEW, (POOL, GROUP_SIZE)))
+    for _ in range(10):  # cutting the longest moves the mean
+        lengths = np.clip(lengths * MEAN_TOKENS / lengths.mean(), 1, MAX_TOKENS)
+    return [_group(draw, [round(length) for length in row]) for row in lengths]
+
+
+def _group(draw: np.random.Generator, lengths: list[int]) -> Group:
+    count = sum(lengths)
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz      ", np.uint8)
+    texts = [letters[draw.integers(0, 32, CHARACTERS_PER_TOKEN * n)].tobytes().decode() for n in lengths]
+    return Group(
+        id=_ID, kind="train", attempt=1, actor=_NAME, prompt_ids=PROMPT, temperature=1.0,
+        completions=tuple(
+            Completion(n, ((1, 0),), "length" if n == MAX_TOKENS else "stop", {"reward": float(draw.integers(2))}, text)
+            for n, text in zip(lengths, texts, strict=True)
+        ),
+        generate_s=float(draw.random()), grade_s=float(draw.random()),
+        token_ids=draw.integers(0, VOCABULARY, count).astype("<i4").tobytes(),
+        logprobs=(-draw.exponential(0.5, count)).astype("<f4").tobytes(),
+        mask=bytes([1]) * count,
+    )  # fmt: skip
+
+
+class Prepared:
+    """A group's frames for one version, ready but for the ticket's id and the actor's name."""
+
+    def __init__(self, group: Group, version: int) -> None:
+        completions = tuple(msgspec.structs.replace(c, spans=((version, 0),)) for c in group.completions)
+        head, *self.buffers = codec.encode(msgspec.structs.replace(group, completions=completions))
+        before, rest = bytes(head).split(msgspec.msgpack.encode(_ID))
+        between, after = rest.split(msgspec.msgpack.encode(_NAME))
+        self._pieces = before, between, after
+        self.num_tokens = group.num_tokens
+
+    def frames(self, ticket_id: TicketId, name: bytes) -> list[codec.Frame]:
+        """`name`: the actor's, in MessagePack."""
+        before, between, after = self._pieces
+        return [b"".join((before, msgspec.msgpack.encode(ticket_id), between, name, after)), *self.buffers]
+
+
+@dataclass
+class Tally:
+    """What the actors of a process saw since they were last asked."""
+
+    acknowledged: int = 0
+    tokens: int = 0
+    latencies_s: list[float] = field(default_factory=list)
+    """From a group's sending to its acknowledgement's arrival."""
+
+
+@dataclass
+class Simulated:
+    """One actor."""
+
+    name: str
+    link: Link
+    work: zmq.Socket[bytes]
+    news: zmq.Socket[bytes]
+    packed_name: bytes
+    version: int = 0
+    welcomed: bool = False
+    engine_free_at: float = 0.0
+    held: dict[TicketId, Ticket] = field(default_factory=dict)
+    unacked: dict[TicketId, tuple[float, int]] = field(default_factory=dict)
+    """Id -> (when it was sent, its tokens)."""
+
+
+class Swarm:
+    """The simulated actors of one process. Everything runs in the thread that calls `run`."""
+
+    def __init__(
+        self, names: list[str], endpoint: str, keys: Path | None, slots: int, tokens_per_s: float, heartbeat_s: float
+    ) -> None:
+        """`tokens_per_s`: pace of each actor's engine in the mode "paced"; "saturating" answers at once."""
+        self.mode: Mode = "paced"
+        self.tally = Tally()
+        self._names, self._endpoint, self._keys = names, endpoint, keys
+        self._slots, self._tokens_per_s, self._heartbeat_s = slots, tokens_per_s, heartbeat_s
+        self._actors: list[Simulated] = []
+        self._groups = make_groups()
+        self._prepared: dict[int, list[Prepared]] = {}
+        self._draw = random.Random(names[0])
+        self._due: list[tuple[float, int, Simulated, Ticket]] = []
+        """Heap of groups that engines are at: when each will be complete."""
+        self._order = 0
+        self._stopped = False
+
+    @property
+    def serving(self) -> int:
+        """Actors that have said which version they serve."""
+        return sum(actor.version > 0 for actor in self._actors)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def saturate(self) -> None:
+        """From now on answer every ticket at once; those that engines are at, too."""
+        self.mode = "saturating"
+        due, self._due = self._due, []
+        for _, _, actor, ticket in due:
+            self._answer(actor, ticket)
+
+    def run(self, turn: Callable[[Swarm], None]) -> None:
+        """Act until `stop`; `turn` is called now and then, at least every TURN_S where there is nothing to do."""
+        asyncio.run(self._run(turn))
+
+    async def _run(self, turn: Callable[[Swarm], None]) -> None:
+        poller = zmq.Poller()
+        sockets: dict[Any, Simulated] = {}
+        keys = load_actor_keys(self._keys) if self._keys else None
+        try:
+            for name in self._names:
+                link = Link(self._endpoint, name, "i", keys=keys)
+                work, news = (zmq.Socket.shadow(sock.underlying) for sock in (link._work, link._news))
+                actor = Simulated(name, link, work, news, msgspec.msgpack.encode(name))
+                self._actors.append(actor)
+                for sock in (work, news):
+                    poller.register(sock, zmq.POLLIN)
+                    sockets[sock] = actor
+                self._send(actor, Hello(name, "i", self._slots))
+            began = time.perf_counter()
+            beats = [(began + self._heartbeat_s * self._draw.random(), i) for i in range(len(self._actors))]
+            heapq.heapify(beats)
+            turned = 0.0
+            while not self._stopped:
+                for sock, _ in poller.poll(1_000 * self._pause(beats[0][0])):
+                    self._drain(sockets[sock], sock)
+                now = time.perf_counter()
+                while self._due and self._due[0][0] <= now:
+                    _, _, actor, ticket = heapq.heappop(self._due)
+                    self._answer(actor, ticket)
+                while beats[0][0] <= now:
+                    self._beat(self._actors[beats[0][1]])
+                    heapq.heapreplace(beats, (beats[0][0] + self._heartbeat_s, beats[0][1]))
+                if now - turned > TURN_S:
+                    turned = now
+                    turn(self)
+                    await asyncio.sleep(0)  # the links' own tasks
+        finally:
+            for actor in self._actors:
+                self._send(actor, Goodbye("the benchmark ends"))
+                actor.link.close()
+
+    def _pause(self, beat_at: float) -> float:
+        """Seconds until something is due."""
+        next_at = min(beat_at, self._due[0][0]) if self._due else beat_at
+        return min(max(0.0, next_at - time.perf_counter()), TURN_S)
+
+    def _drain(self, actor: Simulated, sock: zmq.Socket[bytes]) -> None:
+        while True:
+            try:
+                frames = sock.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._receive(actor, codec.decode_from_learner(frames))
+
+    def _receive(self, actor: Simulated, message: Message) -> None:
+        if isinstance(message, Ticket):
+            self._begin(actor, message)
+        elif isinstance(message, Ack):
+            now = time.perf_counter()
+            for ticket_id in message.ids:
+                if sent := actor.unacked.pop(ticket_id, None):
+                    self.tally.acknowledged += 1
+                    self.tally.tokens += sent[1]
+                    self.tally.latencies_s.append(now - sent[0])
+        elif isinstance(message, Update):
+            self._serve(actor, message.manifest.version)
+        elif isinstance(message, Beat):
+            self._serve(actor, message.version)
+        elif isinstance(message, Welcome):
+            if not actor.welcomed:
+                actor.welcomed = True
+                actor.link.open_weights(message.bulk, message.news)
+                self._beat(actor)
+        elif isinstance(message, Rehello):
+            self._send(actor, Hello(actor.name, "i", self._slots, tuple(actor.held), tuple(actor.unacked)))
+        elif isinstance(message, Cancel):
+            for ticket_id in message.ids:
+                actor.held.pop(ticket_id, None)
+        elif isinstance(message, (Refused, Drain)):
+            raise RuntimeError(f"{actor.name}: {message}")
+
+    def _serve(self, actor: Simulated, version: int) -> None:
+        """Serve a version at once, and say so."""
+        if version > actor.version:
+            actor.version = version
+            self._beat(actor)
+
+    def _begin(self, actor: Simulated, ticket: Ticket) -> None:
+        assert ticket.min_version <= actor.version, "a ticket for weights that this actor does not serve"
+        actor.held[ticket.id] = ticket
+        if self.mode == "saturating":
+            self._answer(actor, ticket)
+            return
+        tokens = self._choose(ticket, actor.version).num_tokens
+        actor.engine_free_at = max(actor.engine_free_at, time.perf_counter()) + tokens / self._tokens_per_s
+        self._order += 1
+        heapq.heappush(self._due, (actor.engine_free_at, self._order, actor, ticket))
+
+    def _choose(self, ticket: Ticket, version: int) -> Prepared:
+        """The group for a ticket: always of the same length, of whatever version."""
+        if version not in self._prepared:
+            self._prepared = {version: [Prepared(group, version) for group in self._groups]}
+        return self._prepared[version][ticket.id.index % POOL]
+
+    def _answer(self, actor: Simulated, ticket: Ticket) -> None:
+        if actor.held.pop(ticket.id, None) is None:
+            return  # cancelled
+        prepared = self._choose(ticket, actor.version)
+        actor.unacked[ticket.id] = time.perf_counter(), prepared.num_tokens
+        actor.work.send_multipart(prepared.frames(ticket.id, actor.packed_name), zmq.NOBLOCK)
+
+    def _beat(self, actor: Simulated) -> None:
+        if not actor.welcomed:
+            return
+        held, unacked = tuple(actor.held), tuple(actor.unacked)
+        free = max(0, self._slots - len(held) - len(unacked))
+        self._send(actor, Heartbeat(held, unacked, free, actor.version, "serving", 1.0))
+
+    def _send(self, actor: Simulated, message: Message) -> None:
+        actor.work.send_multipart(codec.encode(message), zmq.NOBLOCK)
+
+
+def act(arguments: tuple[Any, ...], cpu: int | None, pipe: Any) -> None:
+    """The process of a swarm: does what the pipe says, "collect" is answered with the tally, memory and CPU seconds."""
+    import os
+
+    if cpu is not None:
+        os.sched_setaffinity(0, {cpu})
+    swarm = Swarm(*arguments)
+
+    def turn(swarm: Swarm) -> None:
+        while pipe.poll():
+            what = pipe.recv()
+            if what == "collect":
+                tally, swarm.tally = swarm.tally, Tally()
+                times = os.times()
+                rss = psutil.Process().memory_info().rss
+                pipe.send((swarm.serving, msgspec.to_builtins(tally), rss, times.user + times.system))
+            elif what == "end":
+                swarm.stop()
+            elif what == "saturating":
+                swarm.saturate()
+
+    swarm.run(turn)
