@@ -6,11 +6,13 @@ If n actors were busy for a share b of a time in which the learner waited for gr
 
 actors that never rest would keep a learner that never waits supplied, and m actors would make the run
 
-    speedup(m) = 1 / max(1 - w, n * b / m)
+    speedup(m) = 1 / max(1 - w, n * b / m + r)
 
-times as fast. That holds as long as tickets wait for room in the actors. Where actors have room and no ticket may be
-issued (`rollout.max_lag`), more of them would only share the same requests: then that is what is said. Called by
-`telemetry.py`; `deploy/autoscale.py` uses the same arithmetic.
+times as fast. r is what actors rest for although the learner waits, 1 - b: both sides wait in turn then, as with
+`rollout.max_lag = 0`, and that stays whoever comes. Of a learner that does not wait r is 0: there actors rest because
+they are too fast. All this holds as long as tickets wait for room in the actors. Where actors have room and no ticket
+may be issued, more of them would only share the same tickets: then that is what is said. Called by `telemetry.py`;
+`deploy/autoscale.py` uses the same arithmetic.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def load(actors: float, busy: float, waiting: float) -> float:
 
 def speedup(actors: float, busy: float, waiting: float, more: float) -> float:
     """Throughput with `more` actors in all, divided by that with `actors`, which were `busy` for that share."""
-    return 1.0 / max(1.0 - waiting, actors * busy / more, SMALLEST_SHARE) if more else 0.0
+    resting = 1.0 - busy if waiting > WAITS else 0.0
+    return 1.0 / max(1.0 - waiting, actors * busy / more + resting, SMALLEST_SHARE) if more else 0.0
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,8 @@ def advise(shares: Shares) -> Advice:
 
 def _lag_text(shares: Shares) -> str:
     return (
-        f"rollout-bound {shares.waiting:.0%}, but no ticket waits for an actor: more of them would not help, a larger"
-        " rollout.max_lag or rollout.groups_per_step would"
+        f"rollout-bound {shares.waiting:.0%}, but no ticket waits for an actor: more of them would only share the same"
+        " tickets; a larger rollout.max_lag or rollout.groups_per_step gives them more"
     )
 
 

@@ -54,7 +54,10 @@ def test_learner_restarted_on_the_same_port_loses_nothing_and_trains_nothing_twi
             assert set(journaled) == set(range(24))
             assert second.server.totals.failures == []
             assert one.alive and two.alive
-            assert {peer.name for peer in second.server.peers.values()} == {"actor-0", "actor-1"}
+            until(
+                lambda: {peer.name for peer in second.server.peers.values()} == {"actor-0", "actor-1"},
+                "both to be back",
+            )
             for actor in (one, two):
                 until(lambda actor=actor: actor.engine.version == second.version, "the newest version")
                 numbers = [number for number, _ in actor.engine.loaded]

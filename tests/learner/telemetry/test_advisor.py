@@ -26,6 +26,7 @@ def test_speedup_ends_where_the_learner_no_longer_waits() -> None:
     assert speedup(4, 1.0, 0.62, 6) == pytest.approx(1.5)
     assert speedup(4, 1.0, 0.62, 100) == pytest.approx(1 / 0.38)
     assert speedup(4, 0.5, 0.0, 2) == pytest.approx(1.0)
+    assert speedup(2, 0.6, 0.6, 4) == pytest.approx(1 / 0.7), "both sides in turn: 0.4 of training, 0.3 of generation"
     assert speedup(4, 1.0, 0.0, 2) == pytest.approx(0.5)
 
 
