@@ -56,7 +56,7 @@ WAYS = ("curve", "plain", "fsync")
 """curve: as every run is. plain: without keys. fsync: with keys, and a journal that survives the machine."""
 SLOTS = 8
 """Tickets that an actor works on at once: 64 completions, `actor.max_running`'s default, in groups of 8."""
-LEAST_GROUPS_PER_STEP, MAX_LAG = 512, 2
+LEAST_GROUPS_PER_STEP, MAX_LAG = 512, 4
 PER_PROCESS = 128
 WINDOWS = {"idle": 1, "paced": 3, "saturating": 7}
 TIMEOUT_S = 120.0

@@ -4,7 +4,7 @@ An actor says hello, subscribes to news, confirms a version the moment it hears 
 absolute state, and answers tickets with whole groups that it remembers until they are acknowledged. What it does not do
 is generate: groups are prepared before, with skewed lengths, and only the ticket's id, the actor's name and the version
 are put into the prepared header (`Prepared`), so that the senders are not what is measured. All actors of a process
-share one loop around one poller: a task for each of them would cost several times as much.
+share one loop around one epoll: a task for each, or ZeroMQ's poll over all of them, would cost several times as much.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import random
+import select
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -120,7 +121,8 @@ class Simulated:
     name: str
     link: Link
     work: zmq.Socket[bytes]
-    news: zmq.Socket[bytes]
+    descriptor: int
+    """Of `work`."""
     packed_name: bytes
     version: int = 0
     welcomed: bool = False
@@ -147,7 +149,13 @@ class Swarm:
         self._draw = random.Random(names[0])
         self._due: list[tuple[float, int, Simulated, Ticket]] = []
         """Heap of groups that engines are at: when each will be complete."""
+        self._beats: list[tuple[float, int]] = []
+        """Heap of heartbeats: when the next one of which actor is due."""
         self._order = 0
+        self._sockets: dict[int, tuple[Simulated, zmq.Socket[bytes]]] = {}
+        """By the descriptor that says that something has come (ZMQ_FD)."""
+        self._used: set[int] = set()
+        """Those that were used otherwise, which may have taken that word in: looked at in any case."""
         self._stopped = False
 
     @property
@@ -170,45 +178,54 @@ class Swarm:
         asyncio.run(self._run(turn))
 
     async def _run(self, turn: Callable[[Swarm], None]) -> None:
-        poller = zmq.Poller()
-        sockets: dict[Any, Simulated] = {}
-        keys = load_actor_keys(self._keys) if self._keys else None
+        turned = 0.0
         try:
-            for name in self._names:
-                link = Link(self._endpoint, name, "i", keys=keys)
-                work, news = (zmq.Socket.shadow(sock.underlying) for sock in (link._work, link._news))
-                actor = Simulated(name, link, work, news, msgspec.msgpack.encode(name))
-                self._actors.append(actor)
-                for sock in (work, news):
-                    poller.register(sock, zmq.POLLIN)
-                    sockets[sock] = actor
-                self._send(actor, Hello(name, "i", self._slots))
-            began = time.perf_counter()
-            beats = [(began + self._heartbeat_s * self._draw.random(), i) for i in range(len(self._actors))]
-            heapq.heapify(beats)
-            turned = 0.0
-            while not self._stopped:
-                for sock, _ in poller.poll(1_000 * self._pause(beats[0][0])):
-                    self._drain(sockets[sock], sock)
-                now = time.perf_counter()
-                while self._due and self._due[0][0] <= now:
-                    _, _, actor, ticket = heapq.heappop(self._due)
-                    self._answer(actor, ticket)
-                while beats[0][0] <= now:
-                    self._beat(self._actors[beats[0][1]])
-                    heapq.heapreplace(beats, (beats[0][0] + self._heartbeat_s, beats[0][1]))
-                if now - turned > TURN_S:
-                    turned = now
-                    turn(self)
-                    await asyncio.sleep(0)  # the links' own tasks
+            self._connect()
+            with select.epoll() as poller:
+                for descriptor in self._sockets:
+                    poller.register(descriptor, select.EPOLLIN)
+                while not self._stopped:
+                    used, self._used = self._used, set()
+                    used.update(descriptor for descriptor, _ in poller.poll(0 if used else self._pause()))
+                    for descriptor in used:
+                        self._drain(*self._sockets[descriptor])
+                    now = time.perf_counter()
+                    self._do_what_is_due(now)
+                    if now - turned > TURN_S:
+                        turned = now
+                        turn(self)
+                        await asyncio.sleep(0)  # the links' own tasks
         finally:
             for actor in self._actors:
                 self._send(actor, Goodbye("the benchmark ends"))
                 actor.link.close()
 
-    def _pause(self, beat_at: float) -> float:
+    def _connect(self) -> None:
+        keys = load_actor_keys(self._keys) if self._keys else None
+        loop, now = asyncio.get_running_loop(), time.perf_counter()
+        for name in self._names:
+            link = Link(self._endpoint, name, "i", keys=keys)
+            work, news = (zmq.Socket.shadow(sock.underlying) for sock in (link._work, link._news))
+            actor = Simulated(name, link, work, work.FD, msgspec.msgpack.encode(name))
+            for sock in (work, news):
+                loop.remove_reader(sock.FD)  # it would take the word in before this loop hears it
+                self._sockets[sock.FD] = actor, sock
+            self._beats.append((now + self._heartbeat_s * self._draw.random(), len(self._actors)))
+            self._actors.append(actor)
+            self._send(actor, Hello(name, "i", self._slots))
+        heapq.heapify(self._beats)
+
+    def _do_what_is_due(self, now: float) -> None:
+        while self._due and self._due[0][0] <= now:
+            _, _, actor, ticket = heapq.heappop(self._due)
+            self._answer(actor, ticket)
+        while (beat := self._beats[0])[0] <= now:
+            self._beat(self._actors[beat[1]])
+            heapq.heapreplace(self._beats, (beat[0] + self._heartbeat_s, beat[1]))
+
+    def _pause(self) -> float:
         """Seconds until something is due."""
-        next_at = min(beat_at, self._due[0][0]) if self._due else beat_at
+        next_at = min([heap[0][0] for heap in (self._beats, self._due) if heap])
         return min(max(0.0, next_at - time.perf_counter()), TURN_S)
 
     def _drain(self, actor: Simulated, sock: zmq.Socket[bytes]) -> None:
@@ -237,6 +254,7 @@ class Swarm:
             if not actor.welcomed:
                 actor.welcomed = True
                 actor.link.open_weights(message.bulk, message.news)
+                self._used |= self._sockets.keys()
                 self._beat(actor)
         elif isinstance(message, Rehello):
             self._send(actor, Hello(actor.name, "i", self._slots, tuple(actor.held), tuple(actor.unacked)))
@@ -274,7 +292,7 @@ class Swarm:
             return  # cancelled
         prepared = self._choose(ticket, actor.version)
         actor.unacked[ticket.id] = time.perf_counter(), prepared.num_tokens
-        actor.work.send_multipart(prepared.frames(ticket.id, actor.packed_name), zmq.NOBLOCK)
+        self._put(actor, prepared.frames(ticket.id, actor.packed_name))
 
     def _beat(self, actor: Simulated) -> None:
         if not actor.welcomed:
@@ -284,7 +302,11 @@ class Swarm:
         self._send(actor, Heartbeat(held, unacked, free, actor.version, "serving", 1.0))
 
     def _send(self, actor: Simulated, message: Message) -> None:
-        actor.work.send_multipart(codec.encode(message), zmq.NOBLOCK)
+        self._put(actor, codec.encode(message))
+
+    def _put(self, actor: Simulated, frames: list[codec.Frame]) -> None:
+        actor.work.send_multipart(frames, zmq.NOBLOCK)
+        self._used.add(actor.descriptor)
 
 
 def act(arguments: tuple[Any, ...], cpu: int | None, pipe: Any) -> None:

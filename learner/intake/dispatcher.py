@@ -175,8 +175,8 @@ class Dispatcher:
     def _leave_line(self, index: int) -> None:
         """An open ticket is none any more, out of turn: those behind it move up."""
         place = bisect_left(self._line, index)
+        assert place >= self._first_missing, f"ticket {index} was queued for a batch"
         del self._line[place]
-        self._first_missing = min(self._first_missing, place)
 
     def _filter(self, group: Group) -> None:
         """Dynamic sampling: free the slot of a queued group that is worth nothing, so that another is admitted."""
@@ -294,8 +294,8 @@ class Dispatcher:
         return batch
 
     def _is_complete(self) -> bool:
-        """Whether the next batch is there. A place that was found queued is not looked at again before it is taken: no
-        queued ticket is leased again, and one that leaves the line takes the mark back (`_leave_line`)."""
+        """Whether the next batch is there. A place that was found queued is not looked at again before it is taken: a
+        queued ticket leaves the line with its batch, or is filtered the moment that it arrives."""
         wanted = min(self.groups_per_step, len(self._line))
         while self._first_missing < wanted and (
             TicketId(self.branch, self._line[self._first_missing]) in self.train.queued

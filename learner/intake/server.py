@@ -400,9 +400,11 @@ class IntakeServer(threading.Thread):
         """Compare an actor's absolute state with its leases.
 
         A lease younger than a heartbeat counts as listed: the ticket may have crossed with this message. So does one
-        that is older only since this message has waited here, where more comes in than this thread can take.
+        that is older only since this message has waited here, behind more than this thread could take; nothing is
+        thought to wait for as long as an actor may be silent.
         """
-        may_have_crossed = min(now, self.hub.emptied_at) - self.wire.heartbeat_s
+        sent_at = max(self.hub.emptied_at, now - self.wire.dead_after_s)  # or later
+        may_have_crossed = min(now, sent_at) - self.wire.heartbeat_s
         young = [
             ticket_id
             for ledger in (self.dispatcher.train, self.dispatcher.eval)

@@ -17,6 +17,7 @@ from learner.intake.journal import (
     read_groups_with_offsets,
     read_steps,
 )
+from protocol import codec
 from protocol.messages import Completion, Group, TicketId
 
 
@@ -88,6 +89,35 @@ def test_journal_syncs_what_is_committed_if_the_recipe_says_so(
         ends.append(log.end)
     assert sizes == (ends if fsync else []), "synced after it was written"
     log.close()
+
+
+def test_group_is_kept_as_it_came(path: Path) -> None:
+    """A newer actor's fields, too, which this learner does not know."""
+    head, *buffers = codec.encode(group(0))
+    fields = {**msgspec.msgpack.decode(bytes(head)[codec.PREAMBLE_BYTES :]), "later": "addition"}
+    frames = [bytes(head)[: codec.PREAMBLE_BYTES] + msgspec.msgpack.encode(fields), *buffers]
+    log = Journal(path)
+    log.append_group(codec.decode_from_actor(frames), frames)
+    log.close()
+    assert list(read_groups(path)) == [group(0)]
+    assert b"addition" in path.read_bytes()
+
+
+@pytest.mark.parametrize("at_once", [1, 20, 21, 40, 90])
+def test_record_is_whole_though_the_disk_takes_a_part_at_a_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    write_some = os.write
+    monkeypatch.setattr(
+        journal_module.os, "writev", lambda descriptor, parts: write_some(descriptor, b"".join(parts)[:at_once])
+    )
+    monkeypatch.setattr(journal_module.os, "write", lambda descriptor, data: write_some(descriptor, data[:at_once]))
+    log = Journal(path)
+    offsets = [log.append_group(group(index)) for index in range(2)]
+    assert log.end == path.stat().st_size
+    log.close()
+    assert [offset for offset, _ in read_groups_with_offsets(path)] == offsets
+    assert list(read_groups(path)) == [group(0), group(1)]
 
 
 def test_journal_is_continued_not_overwritten(path: Path) -> None:

@@ -174,11 +174,31 @@ class RandomSchedules(RuleBasedStateMachine):
     def accounts(self) -> None:
         if hasattr(self, "dispatcher"):
             self.dispatcher.check()
+            self.compare_with_looking_through_everything()
             self.journal_failed += self.dispatcher.newly_failed
             self.dispatcher.newly_failed.clear()
             assert len(self.trained) == len(set(self.trained)), "a ticket was trained on twice"
             assert self.trained == sorted(self.trained), "batches are in ticket order"
             assert self.largest_lag <= self.max_lag
+
+    def compare_with_looking_through_everything(self) -> None:
+        """What is kept up to date piece by piece is what a look at all tickets finds."""
+        dispatcher, train = self.dispatcher, self.dispatcher.train
+        line = sorted([*train.waiting, *train.leased, *train.queued])
+        oldest = line[: dispatcher.groups_per_step]
+        assert dispatcher.state()["unfinished"] == [ticket_id.index for ticket_id in line]
+        assert dispatcher.missing() == [ticket_id for ticket_id in oldest if ticket_id not in train.queued]
+        assert dispatcher._is_complete() == (len(oldest) == dispatcher.groups_per_step and not dispatcher.missing())
+        for place, ticket_id in enumerate(line):
+            due = dispatcher.step + (len(dispatcher.in_training) + place) // dispatcher.groups_per_step
+            assert dispatcher.oldest_step(ticket_id) == max(0, due - self.max_lag)
+        for actor in ACTORS:
+            leases = [lease for lease in train.leased.values() if lease.actor == actor]
+            assert dispatcher.leases_of(actor) == [lease.ticket.id for lease in leases]
+            assert dispatcher.completions_of(actor) == sum(lease.ticket.group_size for lease in leases)
+        for step in range(dispatcher.step + 1):
+            versions = [version for published, version in dispatcher.step_versions.items() if published >= step]
+            assert dispatcher.version_of_step(step) == min(versions)
 
     def teardown(self) -> None:
         """From any state a run can be completed: nothing is lost for good."""

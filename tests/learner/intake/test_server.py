@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,8 @@ from protocol.messages import (
     Failed,
     Group,
     Heartbeat,
+    Hello,
+    Message,
     Probe,
     Probed,
     Refused,
@@ -99,6 +102,32 @@ def test_acknowledgement_follows_the_journal_write(tmp_path: Path, monkeypatch: 
         assert on_disk == [True] * 4
 
 
+def test_groups_of_a_turn_are_acknowledged_after_one_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also towards a heartbeat that lists one of them in the same turn."""
+    intake = Intake(tmp_path)
+    server, sent, synced = intake.server, list[Message](), list[int]()
+    monkeypatch.setattr(intake.hub, "send", lambda peer, message: sent.append(message) or True)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    intake.journal.fsync = True
+    server.reserved(0, 1)
+    intake.dispatcher.training_enabled = True
+    server._receive(b"p", Hello("a", "i", slots=3, version=1), 0.0)
+    server._hand_out(0.0)
+    tickets = [message for message in sent if isinstance(message, Ticket)]
+    for ticket in tickets:
+        server._receive(b"p", group_of(ticket), 1.0)
+    server._receive(b"p", Heartbeat((), (tickets[0].id,), 0, 1, "serving", 0.0), 1.0)
+    assert (synced, [message for message in sent if isinstance(message, Ack)]) == ([], [])
+    server._acknowledge()
+    assert synced == [intake.journal.end]
+    assert [message for message in sent if isinstance(message, Ack)] == [Ack(tuple(t.id for t in tickets))]
+    assert len(tickets) == 3
+    server._acknowledge()
+    assert len(synced) == 1, "nothing new"
+    intake.hub.close()
+    intake.journal.close()
+
+
 def test_group_is_not_acknowledged_when_the_journal_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +200,41 @@ def test_lease_is_issued_again_after_two_beats_that_do_not_list_it(tmp_path: Pat
         assert (forgetful.tickets[2].id, forgetful.tickets[2].attempt) == (first.id, 2)
         assert intake.dispatcher.counts()["reissued"] == 1
         assert other.tickets == []
+
+
+@pytest.mark.parametrize(
+    ("emptied_at", "now", "reissued"),
+    [
+        (102.5, 108.0, False),  # the heartbeat may have been sent when the ticket was under way
+        (103.5, 108.0, True),
+        (0.0, 112.0, False),
+        (0.0, 114.0, True),  # no message waits for longer than an actor may be silent
+    ],
+)
+def test_lease_is_not_taken_back_by_heartbeats_that_waited_in_the_hubs_queue(
+    tmp_path: Path, emptied_at: float, now: float, reissued: bool
+) -> None:
+    intake = Intake(tmp_path, heartbeat_s=3.0, dead_after_s=10.0)
+    intake.server.reserved(0, 1)
+    intake.dispatcher.training_enabled = True
+    assert intake.dispatcher.issue("a", 1, 100.0) is not None
+    intake.hub.emptied_at = emptied_at
+    for _ in range(2):
+        intake.server._compare(b"p", "a", Heartbeat((), (), 0, 1, "serving", 0.0), now)
+    assert len(intake.dispatcher.leases_of("a")) == (not reissued)
+    intake.hub.close()
+    intake.journal.close()
+
+
+def test_connection_that_takes_another_name_is_one_actor(tmp_path: Path) -> None:
+    with Intake(tmp_path) as intake, Puppet(intake.address, "actor-1") as puppet:
+        for name in ("actor-1", "actor-2", "actor-1"):
+            puppet.name = name
+            puppet.hello(version=0)
+            puppet.next(Welcome)
+            assert [peer.name for peer in intake.server.peers.values()] == [*intake.server._named] == [name]
+        puppet.goodbye()
+        until(lambda: not intake.server.peers, "the goodbye")
 
 
 def test_actor_that_lists_what_it_has_no_lease_for_is_corrected(tmp_path: Path) -> None:
