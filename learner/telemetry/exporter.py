@@ -249,6 +249,4 @@ def _cannot_bind(host: str, port: int, error: OSError) -> str:
             f"metrics.port: found {port}, which cannot be bound on {host} ({error.strerror}); allowed: a free port, 0"
             " for any, or metrics.serve = false"
         )
-    return (
-        f"metrics.host: found {host!r}, which cannot be bound ({error.strerror}); allowed: an address of this machine"
-    )
+    return f"metrics.host: found {host!r}, which cannot be bound ({error.strerror}); allowed: one of this machine's own"
