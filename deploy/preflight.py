@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import netrc
 import os
 import socket
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from actor.grading import check_user_functions
 from actor.rewards import check_grader, user_functions_of
 from deploy.gpu_memory import ModelShape, check_shared_gpu
 from deploy.models import model_limits, resolve_model
 from deploy.ray_cluster import check_ray_address
+from learner.telemetry.exporter import check_address
 from protocol.addresses import PORTS
 from protocol.config import Recipe
 from protocol.errors import RecipeError
@@ -31,6 +36,9 @@ def preflight(recipe: Recipe, progress: Callable[[str], None], ray_address: str 
     check_device(recipe)
     if recipe.needs_actors:
         check_ports(recipe.wire.address, recipe.wire.port)
+    if recipe.metrics.serve:
+        check_address(recipe)
+    check_wandb(recipe)
     if ray_address:
         check_ray_address(ray_address)
     try:
@@ -71,6 +79,33 @@ def check_device(recipe: Recipe) -> None:
     """Raise RecipeError if the learner is to use a GPU that this machine has not."""
     if recipe.learner.device == "cuda" and not gpu_count():
         raise RecipeError('learner.device: found "cuda", but no GPU is visible here; allowed: "auto" or "cpu"')
+
+
+def check_wandb(recipe: Recipe) -> None:
+    """Raise RecipeError if Weights & Biases is asked for and cannot be had."""
+    mode = recipe.metrics.wandb
+    if mode != "off" and find_spec("wandb") is None:
+        raise RecipeError(
+            f'metrics.wandb: found "{mode}", but wandb is not installed; allowed: "off", or after `pip install wandb`'
+        )
+    if mode == "online" and not wandb_credentials():
+        raise RecipeError(
+            'metrics.wandb: found "online", but no key is known here; allowed: "offline" (`wandb sync` sends it later),'
+            " or after `wandb login`, or with WANDB_API_KEY in the environment"
+        )
+
+
+def wandb_credentials() -> bool:
+    """Whether wandb would find a key without asking; where it looks itself."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    paths = [os.environ.get("NETRC", ""), "~/.netrc", "~/_netrc"]
+    for path in (Path(path).expanduser() for path in paths if path):
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(path).authenticators(server):
+                return True
+    return False
 
 
 def check_gpu_memory(recipe: Recipe, model: Path, learner_gpus: Sequence[str], actor_gpus: Sequence[str]) -> None:

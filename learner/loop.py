@@ -29,7 +29,7 @@ from learner.intake.source import Interrupted, StopFlag, TicketsFail
 from learner.methods import sft
 from learner.methods.epochs import Epochs
 from learner.methods.guard import Guard, Verdict
-from learner.metrics import MetricsLog, Status
+from learner.metrics import MetricsLog, Status, wandb_log
 from learner.optim import lr_at
 from learner.outcome import GuardStop
 from learner.parity import ParityGate
@@ -150,7 +150,8 @@ class Learner:
             self.evaluations = Evaluations(recipe, self.run, self.task, self.actors.source, self.status, self.state)
         self.feed = self._make_feed()
         self.status.set(steps=self.feed.steps)
-        self.metrics = MetricsLog(self.run, self.state.step, self.state.branch)
+        self.telemetry.metrics.planned = self.feed.steps
+        self.metrics = MetricsLog(self.run, self.state.step, self.state.branch, wandb_log(recipe, self.run))
         if recipe.method in ROLLOUT_METHODS and recipe.metrics.keep_logprobs:
             self.rollout_files = RolloutFiles(self.run.rollouts, self.tokenizer)
         try:
@@ -291,6 +292,7 @@ class Learner:
                 ended = self.evaluations.finish(self.state.step, self._current_version, self._take_timeout())
             if ended is not None:
                 self.metrics.amend(ended)
+                self.telemetry.metrics.amend(ended)
                 self._checkpoint()
 
     def _trained(self) -> bool:
@@ -348,6 +350,7 @@ class Learner:
             "train_s": train_s,
             "wait_s": source.waited_s - waited if source else 0.0,
             "learner_tokens_per_s": figures["tokens"] / train_s,
+            **self.trainer.mfu(figures["model_flops"], train_s),
         }
 
     def _keep_logprobs(self, batch: Batch, version: int) -> None:
