@@ -14,6 +14,7 @@ from actor.rewards import check_grader, user_functions_of
 from deploy.gpu_memory import ModelShape, check_shared_gpu
 from deploy.models import model_limits, resolve_model
 from deploy.ray_cluster import check_ray_address
+from learner.telemetry.exporter import check_address
 from protocol.addresses import PORTS
 from protocol.config import Recipe
 from protocol.errors import RecipeError
@@ -31,6 +32,8 @@ def preflight(recipe: Recipe, progress: Callable[[str], None], ray_address: str 
     check_device(recipe)
     if recipe.needs_actors:
         check_ports(recipe.wire.address, recipe.wire.port)
+    if recipe.metrics.serve:
+        check_address(recipe)
     if ray_address:
         check_ray_address(ray_address)
     try:

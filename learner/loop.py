@@ -147,6 +147,7 @@ class Learner:
             self.evaluations = Evaluations(recipe, self.run, self.task, self.actors.source, self.status, self.state)
         self.feed = self._make_feed()
         self.status.set(steps=self.feed.steps)
+        self.telemetry.metrics.planned = self.feed.steps
         self.metrics = MetricsLog(self.run, self.state.step, self.state.branch)
         try:
             if self.actors is None:
@@ -284,6 +285,7 @@ class Learner:
                 ended = self.evaluations.finish(self.state.step, self._current_version, self._take_timeout())
             if ended is not None:
                 self.metrics.amend(ended)
+                self.telemetry.metrics.amend(ended)
                 self._checkpoint()
 
     def _trained(self) -> bool:

@@ -28,13 +28,17 @@ class Metric:
     labels: tuple[str, ...] = ()
     figure: str = ""
     """Key of metrics.jsonl that holds the value, for what is known once a step; "": out of a `Sample`."""
+    or_figure: str = ""
+    """A key that holds it where there is no `figure`."""
+    lasts: bool = False
+    """The figure is not of every step: the last one is shown until there is another."""
     buckets: tuple[float, ...] = ()
     """Upper bounds of a histogram, in its unit."""
 
 
-def _step(name: str, figure: str, unit: str, help: str) -> Metric:
-    """A gauge that every step sets."""
-    return Metric(name, "gauge", unit, help, figure=figure)
+def _step(name: str, figure: str, unit: str, help: str, or_figure: str = "", lasts: bool = False) -> Metric:
+    """A gauge that a step sets."""
+    return Metric(name, "gauge", unit, help, figure=figure, or_figure=or_figure, lasts=lasts)
 
 
 METRICS: tuple[Metric, ...] = (
@@ -45,7 +49,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("tandem_sample_time_seconds", "gauge", "seconds", "When the values out of samples were taken, Unix time."),
     Metric("tandem_learner_steps_planned", "gauge", "steps", "Steps that the run is to make."),
     Metric("tandem_learner_step", "gauge", "steps", "Steps done, of the surviving branch."),
-    Metric("tandem_learner_branch", "gauge", "", "Rollbacks that lie behind the surviving steps."),
+    _step("tandem_learner_branch", "branch", "", "Rollbacks that lie behind the surviving steps."),
     # the learner's time and throughput
     Metric("tandem_learner_phase", "gauge", "", "1 for what the learner does now, 0 for everything else.", ("phase",)),
     Metric("tandem_learner_phase_seconds_total", "counter", "seconds",
@@ -119,7 +123,7 @@ METRICS: tuple[Metric, ...] = (
     # learning
     _step("tandem_reward_mean", "reward_mean", "", "Mean reward of the last batch's completions."),
     _step("tandem_reward_std", "reward_std", "", "Standard deviation of these rewards."),
-    _step("tandem_eval_reward", "eval_reward", "", "Reward of the last evaluation in the background."),
+    _step("tandem_eval_reward", "eval_reward", "", "Reward of the last evaluation in the background.", lasts=True),
     _step("tandem_loss", "loss", "", "Loss, mean over the step's updates."),
     _step("tandem_nll_nats", "nll", "nats", "Negative log-likelihood a token (SFT, expert iteration)."),
     _step("tandem_entropy_nats", "entropy", "nats", "Entropy of the policy a token, over trained tokens."),
@@ -127,14 +131,21 @@ METRICS: tuple[Metric, ...] = (
     _step("tandem_importance_truncated_ratio", "importance_truncated_share", "ratio",
           "Tokens whose importance weight was truncated."),
     _step("tandem_kl_nats", "kl_k3", "nats", "KL of the learner to the engine's policy a token (k3)."),
-    _step("tandem_kl_reference_nats", "kl_reference", "nats", "KL of the policy to the reference a token (k3)."),
+    _step("tandem_kl_reference_nats", "kl_reference", "nats", "KL of the policy to the reference a token (k3).",
+          or_figure="reference_kl_k3"),
     _step("tandem_logprob_mismatch_nats", "engine_gap", "nats",
           "Mean absolute difference of the engine's and the learner's logprobs a token."),
+    _step("tandem_parity_nats", "parity_nats", "nats",
+          "The same for a probe under the same weights: nothing but the two sides' arithmetic.", lasts=True),
     _step("tandem_completion_tokens_mean", "completion_tokens_mean", "tokens", "Mean length of a completion."),
     _step("tandem_truncated_completions_ratio", "truncated_completions_share", "ratio",
           "Completions that ended at the limit of tokens."),
     _step("tandem_zero_variance_ratio", "zero_variance_share", "ratio", "Groups whose rewards are all the same."),
     _step("tandem_trained_token_ratio", "trained_token_share", "ratio", "Tokens of the batch that have a gradient."),
+    _step("tandem_kept_completions_ratio", "kept_share", "ratio",
+          "Completions that expert iteration kept: the grader accepted them."),
+    _step("tandem_preferred_ratio", "dpo_accuracy", "ratio", "Pairs of which DPO's policy prefers the chosen one."),
+    _step("tandem_suspect_signals", "suspect_signals", "signals", "Signs of a collapse that the guard sees."),
     _step("tandem_grad_norm", "grad_norm", "", "Norm of the gradient before clipping, mean over updates."),
     _step("tandem_learning_rate", "lr", "", "Learning rate of the step."),
     # advice

@@ -17,6 +17,9 @@ LEARNER_PHASES: tuple[LearnerPhase, ...] = (
     "starting", "waiting", "training", "publishing", "evaluating", "saving", "finished", "other",
 )  # fmt: skip
 
+CONNECTING = "connecting"
+"""`ActorSample.phase` of one that is connected and has sent no heartbeat: its counts are not known."""
+
 
 class ActorSample(msgspec.Struct, frozen=True, omit_defaults=True):
     """One actor as its last heartbeat told. Counts are since its process started."""

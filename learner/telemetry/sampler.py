@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from learner.telemetry.clock import PhaseClock
-from learner.telemetry.sample import ActorSample, ActorState, Sample
+from learner.telemetry.sample import CONNECTING, ActorSample, ActorState, Sample
 from protocol.memory import resident_bytes
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Sampler:
     def _actor(self, peer: Peer, group_size: int) -> ActorSample:
         beat = peer.beat
         if beat is None:
-            return ActorSample("starting", "connecting", room=peer.hello.slots * group_size)
+            return ActorSample("starting", CONNECTING, room=peer.hello.slots * group_size)
         incarnation, before = self._before.get(peer.name, ("", None))
         sample = ActorSample(
             state="starting",

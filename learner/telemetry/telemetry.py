@@ -19,10 +19,12 @@ import msgspec
 from learner.telemetry.advisor import Advisor
 from learner.telemetry.clock import PhaseClock
 from learner.telemetry.events import EventLog
+from learner.telemetry.exporter import RunMetrics, serving
 from learner.telemetry.sample import Sample
 from learner.telemetry.sampler import Sampler
 from learner.telemetry.timeline import Timeline
 from protocol.config import Recipe
+from protocol.errors import RecipeError
 from protocol.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -49,19 +51,34 @@ class Telemetry:
         self.clock = PhaseClock()
         self.sampler = Sampler(self.clock, step, doing, memory)
         self.advisor = Advisor()
+        self.metrics = RunMetrics(recipe)
         self.newest: Sample | None = None
-        self.figures: dict[str, float] = {}
-        """Of the last step, as in metrics.jsonl."""
         self._stack = ExitStack()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_stopped, name="telemetry", daemon=True)
 
     def __enter__(self) -> Telemetry:
-        self._stack.enter_context(EventLog(self.run.events))
+        """Raises RecipeError if the recipe's `metrics.port` cannot be had."""
+        with ExitStack() as opened:
+            opened.enter_context(EventLog(self.run.events))
+            self._serve(opened)
+            self._stack = opened.pop_all()
         self._timeline = Timeline(self.run.timeline, self.recipe.metrics.sample_every_s)
         self._stack.callback(self._timeline.close)
         self._thread.start()
         return self
+
+    def _serve(self, opened: ExitStack) -> None:
+        """Let Prometheus in. A run that has got further than its first steps does not end for want of a port: it was
+        started again, and somebody has taken it meanwhile."""
+        if not self.recipe.metrics.serve:
+            return
+        try:
+            opened.enter_context(serving(self.metrics, self.recipe, self.run))
+        except RecipeError as error:
+            if not self.run.checkpoint_steps():
+                raise
+            log.warning("%s; the run goes on without Prometheus", error)
 
     def actors(self, actors: Actors) -> None:
         """From now on there are actors to look at."""
@@ -69,7 +86,7 @@ class Telemetry:
 
     def step(self, figures: Mapping[str, float]) -> None:
         """A step is done; its figures, as they go into metrics.jsonl."""
-        self.figures = dict(figures)
+        self.metrics.step(figures)
         self.sampler.trained_tokens += int(figures["tokens"])
 
     def _sample_until_stopped(self) -> None:
@@ -85,6 +102,7 @@ class Telemetry:
     def _sample(self, force: bool = False) -> None:
         sample = self.sampler.take()
         self.newest = msgspec.structs.replace(sample, advice=self.advisor.see(sample))
+        self.metrics.see(self.newest)
         self._timeline.write(self.newest, force)
 
     def __exit__(self, *_: object) -> None:
