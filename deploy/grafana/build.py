@@ -192,8 +192,8 @@ def _label_variable(name: str, title: str, query: str, every: bool) -> dict[str,
 def variables() -> list[dict[str, Any]]:
     """What people choose at the top."""
     source = {
-        "name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus", "refresh": 1, "hide": 0,
-        "multi": False, "includeAll": False, "options": [], "regex": "", "skipUrlSync": False,
+        "name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus", "refresh": 1,
+        "hide": 0, "multi": False, "includeAll": False, "options": [], "regex": "", "skipUrlSync": False,
     }  # fmt: skip
     return [
         source,
