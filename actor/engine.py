@@ -60,6 +60,10 @@ class Engine(Protocol):
         Engines of one kind that serve one version have the same."""
         ...
 
+    def metrics(self) -> str:
+        """What the engine says of itself, in Prometheus' text format; "" for nothing. Called from a thread."""
+        ...
+
     async def stop(self) -> None:
         """End the engine and its child processes."""
         ...

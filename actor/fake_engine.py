@@ -121,6 +121,14 @@ class FakeEngine:
     async def checksum(self) -> str:
         return ""
 
+    def metrics(self) -> str:
+        return (
+            "# HELP fake:requests_total Requests that were begun.\n# TYPE fake:requests_total counter\n"
+            f"fake:requests_total {len(self.started)}.0\n"
+            "# HELP fake:loads Versions that were loaded.\n# TYPE fake:loads gauge\n"
+            f'fake:loads{{model_name="fake"}} {len(self.loaded)}.0\n'
+        )
+
     async def stop(self) -> None:
         self._condemned = self._condemned or "the engine was stopped"
         self._running.set()

@@ -21,6 +21,7 @@ from typing import TypeVar
 import msgspec
 
 from actor.engine import Engine
+from actor.engine_metrics import tell
 from actor.finding import Address, FindLearner, finder
 from actor.follower import WeightFollower
 from actor.gate import EngineGate
@@ -227,6 +228,9 @@ class ActorLoop:
                 self._enter("waiting for weights")
                 await self.link.send(self._hello())  # with the number of slots, now that it is known to be real
                 background += [asyncio.create_task(self.weights.listen()), asyncio.create_task(self.weights.follow())]
+                background.append(
+                    asyncio.create_task(tell(self.engine, self.link, lambda: self.welcome.engine_metrics_s))
+                )
                 return await self._or_fail(self._done, background)
         except EngineFailed:
             failed = True

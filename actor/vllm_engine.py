@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -230,6 +230,20 @@ class VLLMEngine:
         found = {name: digest for worker in workers for name, digest in worker.items()}
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
+    def metrics(self) -> str:
+        """vLLM's own, without the times at which its counters began."""
+        from prometheus_client import generate_latest
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+        class OwnFamilies:
+            def collect(self) -> Iterator[Any]:
+                for family in get_prometheus_registry().collect():
+                    if family.name.startswith("vllm:"):
+                        family.samples = [one for one in family.samples if not one.name.endswith("_created")]
+                        yield family
+
+        return generate_latest(OwnFamilies()).decode()  # all that is asked of a registry
+
     async def stop(self) -> None:
         if self._death is not None:
             self._death.cancel()
@@ -326,7 +340,7 @@ def engine_arguments(welcome: Welcome, settings: EngineSettings, cuda: bool, dty
         "logprobs_mode": "processed_logprobs",  # after temperature
         "enable_prefix_caching": True,
         "seed": welcome.seed,
-        "disable_log_stats": True,
+        "disable_log_stats": not welcome.engine_metrics_s,
         "enable_log_requests": False,
         **device,
     }

@@ -196,4 +196,5 @@ def welcome(recipe: Recipe, run: RunDir, model_path: Path, hub: Hub) -> Welcome:
         window=recipe.weights.window,
         grader_timeout_s=recipe.actor.grader_timeout_s,
         engine=recipe.actor.model_dump(exclude=LAUNCHER_KEYS),
+        engine_metrics_s=recipe.metrics.engine_every_s if recipe.metrics.serve else 0.0,
     )

@@ -24,7 +24,9 @@ from protocol.errors import MalformedFrame, OversizedFrame, UnknownVersion
 MAGIC = b"TNDM"
 PREAMBLE_BYTES = len(MAGIC) + 1
 
-FROM_ACTOR = (m.Hello, m.Heartbeat, m.Group, m.Failed, m.Goodbye, m.Probed, m.UpdateRequest, m.ChunkRequest)
+FROM_ACTOR = (
+    m.Hello, m.Heartbeat, m.Group, m.Failed, m.Goodbye, m.Probed, m.UpdateRequest, m.ChunkRequest, m.EngineMetrics,
+)  # fmt: skip
 FROM_LEARNER = (
     m.Welcome, m.Rehello, m.Refused, m.Ticket, m.Ack, m.Beat, m.Probe, m.Cancel, m.Drain, m.Update, m.Chunk, m.Gone,
 )  # fmt: skip
@@ -34,6 +36,7 @@ BUFFER_FIELDS: dict[type, tuple[str, ...]] = {
     m.Chunk: ("data",),
     m.Update: ("payload",),
     m.Probed: ("token_ids", "logprobs"),
+    m.EngineMetrics: ("text",),
 }
 GROUP_ITEM_BYTES = (4, 4, 1)
 """Bytes of one token in each of a group's buffers: int32, float32, uint8."""

@@ -180,6 +180,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
     """The recipe's `[actor]` settings that the engine reads; unknown keys are ignored by older actors."""
     prefix_cache: Literal["version", "shared"] = "version"
     """shared: a new request may begin with keys and values of an older version."""
+    engine_metrics_s: float = 0.0
+    """The actor sends `EngineMetrics` so often; 0: never."""
 
 
 class Rehello(Message, frozen=True, tag="rehello"):
@@ -247,6 +249,13 @@ class Probed(Message, frozen=True, tag="probed"):
     """Of the engine's own checksums of its weights; "" where they mean nothing (vLLM's CPU build hashes nothing)."""
     token_ids: bytes = b""
     logprobs: bytes = b""
+
+
+class EngineMetrics(Message, frozen=True, tag="metrics"):
+    """Actor -> learner, every `Welcome.engine_metrics_s`. What the engine says of itself, for people; none is owed."""
+
+    text: bytes = b""
+    """Buffer: Prometheus' text format in UTF-8, compressed with zstandard; limits in `protocol.engine_text`."""
 
 
 class Beat(Message, frozen=True, tag="beat"):

@@ -21,6 +21,7 @@ from learner.intake.dispatcher import Dispatcher, is_train
 from learner.intake.journal import Journal
 from learner.intake.probes import Probes
 from learner.intake.scaling import ScaleWatch
+from protocol.engine_text import MAX_PACKED_BYTES
 from protocol.hub import Hub
 from protocol.messages import (
     Ack,
@@ -28,6 +29,7 @@ from protocol.messages import (
     Cancel,
     Delta,
     Drain,
+    EngineMetrics,
     Failed,
     Goodbye,
     Group,
@@ -72,6 +74,8 @@ class Peer:
     drained_at: float = 0.0
     serving_s: float = 0.0
     """Seconds in which it served a version, over its connections of this process."""
+    engine_text: bytes = b""
+    """What it said last of its engine (`protocol.engine_text`)."""
 
     @property
     def name(self) -> str:
@@ -221,6 +225,18 @@ class IntakeServer(threading.Thread):
             self._drain = Drain(reason)
         self.hub.wake()
 
+    def engine_texts(self) -> dict[str, bytes]:
+        """Actor -> what it said last of its engine, unread; of those that are connected and have."""
+        with self.lock:
+            return {peer.name: peer.engine_text for peer in self.peers.values() if peer.engine_text}
+
+    def drop_engine_text(self, actor: str, why: str) -> None:
+        """What it said is no text that can be read."""
+        with self.lock:
+            self.hub.faults("engine metrics", f"{actor}: {why}")
+            for peer in self.peers.values():
+                peer.engine_text = b"" if peer.name == actor else peer.engine_text
+
     def stop(self) -> None:
         """End the thread and close its sockets."""
         self._stopping.set()
@@ -281,6 +297,11 @@ class IntakeServer(threading.Thread):
         elif isinstance(message, Probed):
             if not self.probes.answered(peer.name, peer.hello.incarnation, message):
                 self.hub.faults("stray probe", f"{peer.name}, version {message.version}")
+        elif isinstance(message, EngineMetrics):
+            if (size := len(message.text)) > MAX_PACKED_BYTES:
+                self.hub.faults("engine metrics", f"{peer.name}: {size} bytes, allowed: {MAX_PACKED_BYTES}")
+            else:
+                peer.engine_text = bytes(message.text)
         elif isinstance(message, Goodbye):
             self._goodbye(peer, message)
         else:

@@ -1,6 +1,7 @@
 """The learner's Prometheus endpoint: every metric of `registry.py` on one page, for as long as the learner lives.
 
-    Telemetry (samples, steps)  ->  RunMetrics  ->  HTTP, GET /metrics
+    Telemetry (samples, steps)  ->  RunMetrics         ->  HTTP, GET /metrics
+    actors' engines             ->  EngineMetricsPage  ->        GET /engines
 
 The page is made when it is asked for, out of the newest sample; asking costs the run a few milliseconds and changes
 nothing. `telemetry.py` opens it on rank 0. Prometheus finds the address in the run's metrics-targets.json.
@@ -16,7 +17,7 @@ import socket
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
@@ -201,16 +202,33 @@ class _Server(ThreadingWSGIServer):
         log.debug("a scrape was cut off", exc_info=True)
 
 
+def _pages(**collectors: Collector) -> Callable[..., Iterable[bytes]]:
+    """A WSGI application with a page for each collector, under its name; / is the first one."""
+    apps: dict[str, Callable[..., Iterable[bytes]]] = {}
+    for name, collector in collectors.items():
+        registry = CollectorRegistry()
+        registry.register(collector)
+        apps[f"/{name}"] = make_wsgi_app(registry)
+    apps["/"] = next(iter(apps.values()))
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if (page := apps.get(environ["PATH_INFO"])) is not None:
+            return page(environ, start_response)
+        start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"found {environ['PATH_INFO']!r}, allowed: {', '.join(apps)}\n".encode()]
+
+    return app
+
+
 @contextmanager
-def serving(metrics: Collector, recipe: Recipe, run: RunDir) -> Iterator[str]:
+def serving(metrics: Collector, engines: Collector, recipe: Recipe, run: RunDir) -> Iterator[str]:
     """Within: metrics are served by HTTP, and the run's metrics-targets.json says where. Yields HOST:PORT.
 
     Raises RecipeError if the port cannot be bound."""
-    registry = CollectorRegistry()
-    registry.register(metrics)
+    app = _pages(metrics=metrics, engines=engines)
     host, port = bind_address(recipe.metrics.host), recipe.metrics.port
     try:
-        server = make_server(host, port, make_wsgi_app(registry), _Server, _Handler)
+        server = make_server(host, port, app, _Server, _Handler)
     except OSError as error:
         raise RecipeError(_cannot_bind(host, port, error)) from None
     place = f"[{host}]:{server.server_port}" if ":" in host else f"{host}:{server.server_port}"

@@ -18,6 +18,7 @@ import msgspec
 
 from learner.telemetry.advisor import Advisor
 from learner.telemetry.clock import PhaseClock
+from learner.telemetry.engines import EngineMetricsPage
 from learner.telemetry.events import EventLog
 from learner.telemetry.exporter import RunMetrics, serving
 from learner.telemetry.sample import Sample
@@ -52,6 +53,7 @@ class Telemetry:
         self.sampler = Sampler(self.clock, step, doing, memory)
         self.advisor = Advisor()
         self.metrics = RunMetrics(recipe)
+        self.engines = EngineMetricsPage()
         self.newest: Sample | None = None
         self._stack = ExitStack()
         self._stop = threading.Event()
@@ -74,7 +76,7 @@ class Telemetry:
         if not self.recipe.metrics.serve:
             return
         try:
-            opened.enter_context(serving(self.metrics, self.recipe, self.run))
+            opened.enter_context(serving(self.metrics, self.engines, self.recipe, self.run))
         except RecipeError as error:
             if not self.run.checkpoint_steps():
                 raise
@@ -83,6 +85,7 @@ class Telemetry:
     def actors(self, actors: Actors) -> None:
         """From now on there are actors to look at."""
         self.sampler.actors = actors
+        self.engines.server = actors.server
 
     def step(self, figures: Mapping[str, float]) -> None:
         """A step is done; its figures, as they go into metrics.jsonl."""

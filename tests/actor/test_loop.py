@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from actor import fake_engine, follower
+from actor import engine_metrics, fake_engine, follower
 from actor import loop as loop_module
 from actor.engine import Generated
 from actor.fake_engine import FakeEngine, draw
@@ -27,6 +27,7 @@ from actor.locks import FileLock
 from actor.loop import ActorLoop, LearnerLost, LearnerRefused, make_engine
 from actor.staging import SHARED_MEMORY
 from protocol.deltas import DeltaCoder
+from protocol.engine_text import unpack
 from protocol.errors import EngineFailed, WeightsError
 from protocol.hub import Hub
 from protocol.messages import (
@@ -35,6 +36,7 @@ from protocol.messages import (
     Cancel,
     Delta,
     Drain,
+    EngineMetrics,
     Failed,
     Goodbye,
     Group,
@@ -444,6 +446,38 @@ async def test_nothing_is_submitted_during_a_swap() -> None:
 
 def probe_of(version: int, max_tokens: int = 30) -> Probe:
     return Probe(version, ((1, 2), (3, 4), (5, 6)), max_tokens, seed=3)
+
+
+async def test_engine_is_told_of_only_when_the_learner_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_metrics, "UNASKED_S", 0.05)
+    engine = FakeEngine()
+    with ScriptedLearner() as learner:
+        async with running(learner, engine):
+            assert not learner.all(EngineMetrics)
+            await learner.send(msgspec.structs.replace(learner.welcome, engine_metrics_s=0.05))
+            await learner.send(make_ticket(0))
+            await learner.wait_for(Group)
+            seen = len(learner.all(EngineMetrics))
+            *_, told = await learner.wait_for(EngineMetrics, seen + 2)  # the first may have been on its way
+            assert f"fake:requests_total {len(engine.started)}.0" in unpack(told.text)
+
+
+async def test_engine_whose_metrics_fail_serves_on(caplog: pytest.LogCaptureFixture) -> None:
+    class Mute(FakeEngine):
+        asked = 0
+
+        def metrics(self) -> str:
+            self.asked += 1
+            raise RuntimeError("no metrics today")
+
+    engine = Mute()
+    with ScriptedLearner() as learner:
+        learner.welcome = msgspec.structs.replace(learner.welcome, engine_metrics_s=0.01)
+        async with running(learner, engine):
+            await until(lambda: engine.asked > 2)
+            await learner.send(make_ticket(0))
+            await learner.wait_for(Group)
+    assert caplog.text.count("no metrics today") == 1
 
 
 async def test_probe_is_answered_with_what_the_engine_draws() -> None:

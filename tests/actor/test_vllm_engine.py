@@ -13,6 +13,8 @@ import pytest
 import pytest_asyncio
 
 from actor.vllm_engine import BATCHED_TOKENS, VLLMEngine
+from learner.telemetry.engines import families_of
+from protocol.engine_text import MAX_PACKED_BYTES, pack, unpack
 from protocol.messages import Sampling
 from tests.engine_parity import (
     BOUND,
@@ -53,7 +55,7 @@ async def engine(model_dir: Path) -> AsyncIterator[VLLMEngine]:
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     sockets = _sockets()
     engine = VLLMEngine()
-    await engine.start(welcome_for(model_dir))
+    await engine.start(welcome_for(model_dir, engine_metrics_s=15.0))
     yield engine
     started = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
     await engine.stop()
@@ -117,6 +119,20 @@ async def test_updates_in_flight_leave_true_spans(engine: VLLMEngine, model_dir:
     for prompt, one in zip(PROMPTS, generated, strict=True):
         version, start, end = spans_with_ends(one)[0]
         assert span_difference(models[version], prompt, one, start, end) < BOUND
+
+
+async def test_engine_tells_vllms_own_metrics(engine: VLLMEngine) -> None:
+    def drawn(text: str) -> float:
+        families = {family.name: family for family in families_of(text)}
+        assert {"vllm:num_requests_running", "vllm:kv_cache_usage_perc"} <= set(families)
+        return sum(sample.value for sample in families["vllm:generation_tokens"].samples)
+
+    before = drawn(engine.metrics())
+    generated = await generate_all(engine, 1.0)
+    text = engine.metrics()
+    assert drawn(text) - before == sum(len(one.token_ids) for one in generated)
+    assert all(line.startswith(("vllm:", "# HELP vllm:", "# TYPE vllm:")) for line in text.splitlines())
+    assert len(pack(text)) < MAX_PACKED_BYTES / 8 and unpack(pack(text)) == text
 
 
 async def test_generate_is_repeatable_and_ends_as_it_says(engine: VLLMEngine) -> None:

@@ -79,13 +79,14 @@ FROM_ACTOR = st.one_of(
     probed(),
     st.builds(m.UpdateRequest, versions, text),
     st.builds(m.ChunkRequest, versions, counts, counts, forms),
+    st.builds(m.EngineMetrics, st.binary(max_size=50)),
 )
 FROM_LEARNER = st.one_of(
     st.builds(
         m.Welcome, text, text, text, counts, text, text, seconds, seconds, counts, counts,
         st.sampled_from(["keep", "recompute"]), counts, counts, seconds,
         st.dictionaries(text, st.one_of(text, counts, seconds, st.booleans()), max_size=3),
-        st.sampled_from(["version", "shared"]),
+        st.sampled_from(["version", "shared"]), seconds,
     ),
     st.just(m.Rehello()),
     st.builds(m.Refused, text),
@@ -238,6 +239,10 @@ def test_codec_reads_what_an_older_peer_left_out() -> None:
     head = b"TNDM\x02" + msgspec.msgpack.encode({"t": "chunk?", "version": 3, "offset": 8, "length": 16})
     assert codec.decode_from_actor([head]) == m.ChunkRequest(3, 8, 16, "snapshot")
     assert codec.decode_from_actor([b"TNDM\x02" + msgspec.msgpack.encode({"t": "update?"})]) == m.UpdateRequest()
+    welcome = m.Welcome("run", "model", "bfloat16", 128, "tcp://b", "tcp://n", 1.0, 15.0, 0, 8)
+    older = msgspec.to_builtins(welcome)
+    del older["engine_metrics_s"]
+    assert codec.decode_from_learner([b"TNDM\x02" + msgspec.msgpack.encode(older)]) == welcome
 
 
 @given(st.lists(st.binary(max_size=30), max_size=5))
@@ -263,7 +268,8 @@ GOLDEN: list[tuple[Any, str]] = [
     (m.Probed(3, (2, 1), "c", b"\1\0\0\0" * 3, b"\0\0\0\xbf" * 3), "c10c9b4bba1e73d0"),
     (m.UpdateRequest(2, "d"), "b6fd383e0c790309"),
     (m.ChunkRequest(3, 8, 16), "44390cbf15a2c1ad"),
-    (m.Welcome("run", "model", "bfloat16", 128, "tcp://b", "tcp://n", 1.0, 15.0, 0, 8, window=2), "cf7ab07bf4c47859"),
+    (m.EngineMetrics(b"abc"), "5a8eb696f9f8f776"),
+    (m.Welcome("run", "model", "bfloat16", 128, "tcp://b", "tcp://n", 1.0, 15.0, 0, 8, window=2), "a2aa451752870cc5"),
     (m.Rehello(), "5e7728b1eed865ec"),
     (m.Refused("no"), "6b4ccb666694e2ac"),
     (m.Ticket(m.TicketId(0, 1), "train", 1, (1, 2), "7", "integer", 8, m.Sampling(16), 5, 2), "c3379f6254129c72"),
