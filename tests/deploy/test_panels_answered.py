@@ -46,7 +46,7 @@ prompts = 2
 samples = 2
 [actor]
 engine = "fake"
-fake_token_s = 0.005
+fake_token_s = 0.03
 max_running = 8
 [wire]
 heartbeat_s = 0.2
