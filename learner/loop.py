@@ -342,6 +342,7 @@ class Learner:
             "train_s": train_s,
             "wait_s": source.waited_s - waited if source else 0.0,
             "learner_tokens_per_s": figures["tokens"] / train_s,
+            **self.trainer.mfu(figures["model_flops"], train_s),
         }
 
     def _lr(self, step: int) -> float:

@@ -34,6 +34,7 @@ from learner import sharding
 from learner.batch import PackedBatch, Row, Sample, pack_lines
 from learner.joining import pick_device
 from learner.ranks import ALONE, Ranks
+from learner.telemetry.mfu import MatmulShape
 from learner.tensor_files import write_tensors
 from protocol.sections import LearnerConfig, ModelConfig
 
@@ -73,6 +74,7 @@ class PolicyModel:
         self.publish_dtype: torch.dtype = getattr(torch, config.dtype)
         self.compute_dtype = pick_compute_dtype(self.publish_dtype, self.device)
         self.attention = config.attention
+        self.shape = MatmulShape.of(self.network)
         self._computing = False
         if learner.gradient_checkpointing:
             enable_gradient_checkpointing(self.network)

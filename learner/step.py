@@ -24,6 +24,7 @@ from learner.methods.sft import response_sample
 from learner.model import LogprobOutput, PolicyModel
 from learner.optim import Optimizer
 from learner.ranks import ALONE, Ranks
+from learner.telemetry.mfu import training_flops
 from protocol.config import Recipe
 
 MicrobatchLoss = Callable[[PackedBatch, LogprobOutput], tuple[Tensor, losses.Metrics]]
@@ -63,9 +64,14 @@ def train_step(
             loss_of = _loss_of(batch, minibatch, before, recipe)
             what = f"step {batch.step}, update {int(sums['updates']) + 1}"
             sums.update(update(model, optimizer, packed, loss_of, recipe.optim.max_grad_norm, what, ranks))
+    flops = batch.passes * training_flops(model.shape, (row for m in minibatches for row in m.rows))
     sums["skipped_updates"] = batch.passes * (len(batch.minibatches) - len(minibatches))
     sampled = batch.passes * sum(minibatch.num_tokens for minibatch in batch.minibatches)
-    return batch.stats | {"lr": lr, "trained_token_share": sums["tokens"] / max(sampled, 1)} | summarize(sums)
+    return (
+        batch.stats
+        | {"lr": lr, "trained_token_share": sums["tokens"] / max(sampled, 1), "model_flops": flops}
+        | summarize(sums)
+    )
 
 
 def old_logprobs(model: PolicyModel, microbatches: Sequence[Share]) -> list[list[Tensor | None]]:

@@ -27,6 +27,7 @@ from learner.ranks import ALONE, STOP, Order, Ranks
 from learner.reference import Reference
 from learner.sharding import gather
 from learner.step import train_step, with_reference
+from learner.telemetry.mfu import utilization
 from protocol.config import Recipe
 from protocol.rundir import RunDir
 
@@ -92,6 +93,14 @@ class Trainer:
 
     def _train(self, batch: Batch, lr: float) -> dict[str, float]:
         return train_step(self.model, self.optimizer, batch, self.recipe, lr, self.ranks)
+
+    def mfu(self, flops: float, seconds: float) -> dict[str, float]:
+        """{"mfu": model FLOPs utilization} of all ranks' GPUs; {} on a CPU, for an unknown GPU, and in float32."""
+        device = self.model.device
+        if device.type != "cuda" or self.model.compute_dtype == torch.float32:
+            return {}
+        found = utilization(flops, seconds, torch.cuda.get_device_name(device), self.ranks.size)
+        return {} if found is None else {"mfu": found}
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds on its GPU: "gpu_allocated" by tensors, "gpu_reserved" in all. {} on a CPU."""

@@ -13,6 +13,7 @@ from learner.methods.grpo import make_batch
 from learner.model import PolicyModel
 from learner.optim import Optimizer, lr_at
 from learner.step import train_step, with_reference
+from learner.telemetry.mfu import training_flops
 from protocol.config import Recipe
 from tests.learner.reference import VOCABULARY, make_group, policy, random_rows
 
@@ -224,9 +225,13 @@ def test_train_step_leaves_out_updates_without_a_signal() -> None:
     for batch in (batch_of(zero), batch_of(())):
         metrics = train(model, optimizer, batch, recipe(weight_decay=0.1))
         assert (metrics["skipped_updates"], metrics["updates"], metrics["tokens"]) == (1, 0, 0)
+        assert metrics["model_flops"] == 0
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     metrics = train(model, optimizer, batch_of(rows, zero), recipe())
     assert (metrics["skipped_updates"], metrics["updates"]) == (1, 1)
+    assert metrics["model_flops"] == training_flops(model.shape, rows) > 0
+    twice = train(model, optimizer, batch_of(rows, zero), recipe(epochs=2))
+    assert twice["model_flops"] == 2 * metrics["model_flops"]
 
 
 @pytest.mark.parametrize("spoil", ["loss", "gradient"])

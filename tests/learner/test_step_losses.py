@@ -21,6 +21,7 @@ from learner.methods.rollouts import group_row
 from learner.model import LogprobOutput
 from learner.optim import Optimizer
 from learner.step import train_step
+from learner.telemetry.mfu import MatmulShape
 from protocol.config import Recipe
 from protocol.messages import Group
 from protocol.sections import GrpoConfig
@@ -37,6 +38,7 @@ class Bigrams(torch.nn.Module):
     """What `train_step` asks of a policy. A token's logits depend on the token before it alone."""
 
     device = torch.device("cpu")
+    shape = MatmulShape(parameters=1, layers=0, attention_width=0)
 
     def __init__(self) -> None:
         super().__init__()
