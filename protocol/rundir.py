@@ -87,8 +87,10 @@ class RunDir:
 
     @property
     def scrape_targets(self) -> Path:
-        """Where Prometheus finds the learner's metrics, as its file_sd_configs wants it; while the learner lives."""
-        return self.path / "metrics-targets.json"
+        """Where Prometheus finds the learner's metrics, as its file_sd_configs wants it; while the learner lives.
+
+        Beside the run's directory: Prometheus takes a `*` in the last part of a path only, and is to find every run."""
+        return self.path.parent / f"metrics-targets-{self.path.name}.json"
 
     @property
     def rollouts(self) -> Path:

@@ -359,7 +359,7 @@ class MetricsConfig(Section):
     host: str = "127.0.0.1"
     """Address of one interface of the learner's machine; loopback unless a Prometheus elsewhere is to reach it."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """0: a free one; the run's metrics-targets.json says which."""
+    """0: a free one; the file metrics-targets-NAME.json beside the run's directory says which."""
     engine_every_s: NotNegative = 15.0
     """An actor sends its engine's own metrics (vLLM's) so often; 0: never."""
     sample_every_s: PositiveFloat = 1.0

@@ -142,7 +142,10 @@ def test_readme_tree_has_every_file_of_the_packages() -> None:
             documented.add(f"{directory}{name}")
     files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py") if file.name != "__init__.py"]
     files += [*(ROOT / "recipes").glob("*.toml"), *(ROOT / "deploy" / "requirements").glob("*.txt")]
-    files += [file for ending in ("yaml", "sbatch", "Dockerfile") for file in (ROOT / "deploy").glob(f"*/*.{ending}")]
+    files += [
+        file for ending in ("yaml", "sbatch", "Dockerfile", "json") for file in (ROOT / "deploy").rglob(f"*.{ending}")
+    ]
+    files += (ROOT / "deploy" / "prometheus").glob("*.yml")
     existing = {file.relative_to(ROOT).as_posix() for file in files}
     assert existing - documented == set(), "files that the README's tree does not name"
     packages = tuple(f"{name}/" for name in (*PACKAGES, "recipes"))

@@ -4,7 +4,7 @@
     actors' engines             ->  EngineMetricsPage  ->        GET /engines
 
 The page is made when it is asked for, out of the newest sample; asking costs the run a few milliseconds and changes
-nothing. `telemetry.py` opens it on rank 0. Prometheus finds the address in the run's metrics-targets.json.
+nothing. `telemetry.py` opens it on rank 0. Prometheus finds the address in the run's file of scrape targets.
 """
 
 from __future__ import annotations
@@ -203,7 +203,10 @@ class _Server(ThreadingWSGIServer):
 
 
 def _pages(**collectors: Collector) -> Callable[..., Iterable[bytes]]:
-    """A WSGI application with a page for each collector, under its name; / is the first one."""
+    """A WSGI application with a page for each collector, under its name; / is the first one.
+
+    Always in Prometheus' plain text: as OpenMetrics, which Prometheus would rather have, prometheus_client 0.26 writes
+    `vllm_x` for vLLM's `vllm:x`."""
     apps: dict[str, Callable[..., Iterable[bytes]]] = {}
     for name, collector in collectors.items():
         registry = CollectorRegistry()
@@ -213,7 +216,7 @@ def _pages(**collectors: Collector) -> Callable[..., Iterable[bytes]]:
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if (page := apps.get(environ["PATH_INFO"])) is not None:
-            return page(environ, start_response)
+            return page(environ | {"HTTP_ACCEPT": "text/plain"}, start_response)
         start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
         return [f"found {environ['PATH_INFO']!r}, allowed: {', '.join(apps)}\n".encode()]
 
@@ -222,7 +225,7 @@ def _pages(**collectors: Collector) -> Callable[..., Iterable[bytes]]:
 
 @contextmanager
 def serving(metrics: Collector, engines: Collector, recipe: Recipe, run: RunDir) -> Iterator[str]:
-    """Within: metrics are served by HTTP, and the run's metrics-targets.json says where. Yields HOST:PORT.
+    """Within: metrics are served by HTTP, and the run's file of scrape targets says where. Yields HOST:PORT.
 
     Raises RecipeError if the port cannot be bound."""
     app = _pages(metrics=metrics, engines=engines)

@@ -10,7 +10,7 @@ import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -88,7 +88,9 @@ def later(sample: Sample) -> dict[str, ActorSample]:
 
 
 def scrape(place: str, path: str = "/metrics") -> str:
-    with urlopen(f"http://{place}{path}", timeout=10) as answer:
+    """A page as Prometheus 2.42 asks for it, in the plain format."""
+    accepted = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+    with urlopen(Request(f"http://{place}{path}", headers={"Accept": accepted}), timeout=10) as answer:
         assert answer.status == 200
         return answer.read().decode()
 
