@@ -38,6 +38,13 @@ BUFFER_FIELDS: dict[type, tuple[str, ...]] = {
 GROUP_ITEM_BYTES = (4, 4, 1)
 """Bytes of one token in each of a group's buffers: int32, float32, uint8."""
 
+JOINED_ID_BYTES = 64
+"""From its first bytes `joined_group_id` tells a joined group's id."""
+_FOUR_FRAMES = 4 + 4 * 4
+_GROUP_BEGINS = b"\xa1t\xa5group\xa2id\x92"
+"""MessagePack: "t" -> "group", "id" -> an array of two. Fields are encoded in their order, which never changes."""
+_INTEGERS = {0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}
+
 Frame = bytes | memoryview
 
 
@@ -151,3 +158,31 @@ def split_frames(data: bytes) -> list[Frame]:
     if offset != len(data):
         raise MalformedFrame(f"joined frames: lengths add up to {offset}, found {len(data)} bytes")
     return frames
+
+
+def joined_group_id(data: bytes) -> m.TicketId | None:
+    """Ticket of a group that `encode` and `join_frames` made, from the first JOINED_ID_BYTES of it.
+
+    None if they look otherwise; `decode_from_actor` then knows. Nothing is checked that lies behind the id.
+    """
+    begin = data.find(_GROUP_BEGINS, _FOUR_FRAMES + PREAMBLE_BYTES)
+    if begin < 0 or data[_FOUR_FRAMES : _FOUR_FRAMES + len(MAGIC)] != MAGIC:
+        return None
+    at, numbers = begin + len(_GROUP_BEGINS), []
+    try:
+        for _ in range(2):
+            number, at = _integer(data, at)
+            numbers.append(number)
+    except (KeyError, IndexError, struct.error):
+        return None
+    return m.TicketId(*numbers)
+
+
+def _integer(data: bytes, at: int) -> tuple[int, int]:
+    """A MessagePack integer at `at`, and where it ends."""
+    first = data[at]
+    if first < 0x80 or first >= 0xE0:
+        return first - (256 if first >= 0xE0 else 0), at + 1
+    form = _INTEGERS[first]
+    (number,) = struct.unpack_from(form, data, at + 1)
+    return number, at + 1 + struct.calcsize(form)

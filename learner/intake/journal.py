@@ -4,7 +4,8 @@ One file of records. Record: b"TJ", kind (one byte), payload length (uint32), xx
 these four (uint32), payload; all little-endian. The head has a digest of its own since a damaged length would make the
 rest of the file look like a torn tail. A torn tail (the process died in mid-write, or the machine did and left bytes
 that were never written) is cut off when the journal is opened; damage with a sound record behind it is an error. Knows
-no socket; `server.py` writes, the learner's loop reads on resume.
+no socket; `server.py` writes, the learner's loop reads on resume. The dashboard reads beside the writer, heads alone
+(`read_index`), and single groups by their places.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +31,9 @@ MAGIC = b"TJ"
 HEAD = struct.Struct("<2sBIQ")
 HEAD_DIGEST = struct.Struct("<I")
 KINDS: dict[int, Literal["group", "step", "failed", "filtered"]] = {1: "group", 2: "step", 3: "failed", 4: "filtered"}
+
+
+HEAD_BYTES = HEAD.size + HEAD_DIGEST.size
 
 
 class JournalError(ValueError):
@@ -90,13 +95,12 @@ class Journal:
 
 def _record_at(data: bytes | mmap.mmap, offset: int) -> tuple[int, int, bytes] | None:
     """(offset after the record, kind, payload) of the record at `offset`; None if there is no sound and whole one."""
-    begin = offset + HEAD.size + HEAD_DIGEST.size
-    head = data[offset : offset + HEAD.size]
-    if begin > len(data) or HEAD_DIGEST.unpack(data[offset + HEAD.size : begin]) != (xxhash.xxh32_intdigest(head),):
+    begin = offset + HEAD_BYTES
+    if (head := _parse_head(bytes(data[offset:begin]))) is None:
         return None
-    magic, kind, length, digest = HEAD.unpack(head)
+    kind, length, digest = head
     payload = bytes(data[begin : begin + length])
-    if magic != MAGIC or kind not in KINDS or len(payload) < length or xxhash.xxh3_64_intdigest(payload) != digest:
+    if len(payload) < length or xxhash.xxh3_64_intdigest(payload) != digest:
         return None
     return begin + length, kind, payload
 
@@ -167,3 +171,70 @@ def read_filtered(path: Path, start: int = 0) -> Iterator[TicketId]:
     for _, _, kind, payload in _records(path, start):
         if KINDS[kind] == "filtered":
             yield TicketId(*json.loads(payload)["id"])
+
+
+# --- beside the writer ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record without what is large in it."""
+
+    offset: int
+    end: int
+    """Offset of the next record."""
+    kind: Literal["group", "step", "failed", "filtered"]
+    head: bytes
+    """HEAD_BYTES; tells whether the same record is still there."""
+    group: TicketId | None
+    """Of a group."""
+    step: dict[str, Any] | None
+    """Of a step: {"step", "version", "ids"}."""
+
+
+def read_index(path: Path, start: int = 0) -> Iterator[Entry]:
+    """Records from byte `start` on, of groups their first bytes alone: the digests of their payloads are not checked.
+
+    Ends before the first record that is not whole (yet), or damaged; nothing is raised for it. The file may grow
+    meanwhile.
+    """
+    with open(path, "rb", buffering=0) as file:
+        descriptor, size = file.fileno(), os.fstat(file.fileno()).st_size
+        while start + HEAD_BYTES <= size:
+            data = os.pread(descriptor, HEAD_BYTES + codec.JOINED_ID_BYTES, start)
+            head, first = data[:HEAD_BYTES], data[HEAD_BYTES:]
+            if (found := _parse_head(head)) is None or (end := start + HEAD_BYTES + found[1]) > size:
+                return
+            kind, length = KINDS[found[0]], found[1]
+            group = codec.joined_group_id(first[:length]) if kind == "group" else None
+            step: dict[str, Any] | None = None
+            if kind == "step" or (kind == "group" and group is None):
+                payload = os.pread(descriptor, length, start + HEAD_BYTES)
+                if xxhash.xxh3_64_intdigest(payload) != found[2]:
+                    return
+                if kind == "step":
+                    step = json.loads(payload)
+                else:
+                    group = codec.decode_from_actor(codec.split_frames(payload)).id
+            yield Entry(start, end, kind, head, group, step)
+            start = end
+
+
+def read_group_at(path: Path, offset: int) -> Group:
+    """The group whose record begins at `offset`. Raises JournalError if there is none, or a damaged one."""
+    with open(path, "rb", buffering=0) as file:
+        found = _parse_head(os.pread(file.fileno(), HEAD_BYTES, offset))
+        if found is not None and KINDS[found[0]] == "group":
+            payload = os.pread(file.fileno(), found[1], offset + HEAD_BYTES)
+            if len(payload) == found[1] and xxhash.xxh3_64_intdigest(payload) == found[2]:
+                group: Group = codec.decode_from_actor(codec.split_frames(payload))
+                return group
+    raise JournalError(f"journal {path}: no sound group at byte {offset}")
+
+
+def _parse_head(head: bytes) -> tuple[int, int, int] | None:
+    """(kind, bytes of the payload, its digest) of a record's head; None if it is none."""
+    if len(head) < HEAD_BYTES or HEAD_DIGEST.unpack(head[HEAD.size :]) != (xxhash.xxh32_intdigest(head[: HEAD.size]),):
+        return None
+    magic, kind, length, digest = HEAD.unpack(head[: HEAD.size])
+    return (kind, length, digest) if magic == MAGIC and kind in KINDS else None
