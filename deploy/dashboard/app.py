@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,7 +40,7 @@ TYPES = {
 
 
 class Rollouts(Protocol):
-    """What `rollouts.RolloutReader` offers; KeyError for what is not there."""
+    """What `rollouts.RolloutReader` offers, to any number of threads; KeyError for what is not there."""
 
     def steps(self) -> list[dict[str, Any]]: ...
     def groups(self, step: int) -> list[dict[str, Any]]: ...
@@ -96,7 +95,6 @@ class Api:
         self.run, self.access = run, access
         self.readers = Readers(run)
         self.rollouts = rollouts
-        self._rollouts_lock = threading.Lock()
 
     async def login(self, request: Request) -> Response:
         session = self.access.exchange((await _body(request)).get("token"))
@@ -125,16 +123,13 @@ class Api:
         return JSONResponse(self.readers.steps(int(_number(request, "since"))))
 
     def rollout_steps(self, _: Request) -> Response:
-        with self._rollouts_lock:
-            return JSONResponse({"steps": self.rollouts.steps()})
+        return JSONResponse({"steps": self.rollouts.steps()})
 
     def rollout_groups(self, request: Request) -> Response:
-        with self._rollouts_lock:
-            return JSONResponse({"groups": self.rollouts.groups(request.path_params["step"])})
+        return JSONResponse({"groups": self.rollouts.groups(request.path_params["step"])})
 
     def rollout_group(self, request: Request) -> Response:
-        with self._rollouts_lock:
-            return JSONResponse(self.rollouts.group(request.path_params["step"], request.path_params["index"]))
+        return JSONResponse(self.rollouts.group(request.path_params["step"], request.path_params["index"]))
 
     async def scale(self, request: Request) -> Response:
         """Leave a wish, as `tandem scale` does; only where a launcher reads it."""

@@ -36,14 +36,6 @@ def pick_run(name: str, runs: Path) -> RunDir:
     return max(found, key=lambda run: run.path.stat().st_mtime)
 
 
-@contextlib.contextmanager
-def beside(run: RunDir, port: int | None, say: Callable[[str], None]) -> Iterator[None]:
-    """For the launcher: within, the run's page is served on loopback, and its address has been said."""
-    with Dashboard(run, open_socket(LOOPBACK, port)) as dashboard:
-        say(f"dashboard {dashboard.address}")
-        yield
-
-
 def serve(run: RunDir, host: str, port: int | None, say: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM."""
     with Dashboard(run, open_socket(host, port)) as dashboard, _interrupted() as interrupted:

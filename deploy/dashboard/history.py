@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 from deploy.dashboard.lanes import Lanes
@@ -161,7 +162,7 @@ class History:
         cuts |= {bisect_left(self.times, self.times[start] + number * width) for number in range(1, points)}
         cuts |= {index - back for index in self._breaks if index > start for back in (0, 1)}
         ordered = sorted(cut for cut in cuts if cut < len(self.times))
-        yield from zip(ordered, ordered[1:], strict=False)
+        yield from pairwise(ordered)
 
     def increase(self, name: str, first: int, last: int) -> float:
         return self._columns[name][last] - self._columns[name][first]
@@ -203,7 +204,11 @@ class Piece:
         return min(1.0, self.grown(name) / self.seconds)
 
 
-SERIES = {
+def _level(name: str) -> Callable[[Piece], float | None]:
+    return lambda piece: piece.level(name)
+
+
+SERIES: dict[str, Callable[[Piece], float | None]] = {
     "rollout_tokens_per_s": lambda piece: piece.rate("rollout_tokens"),
     "learner_tokens_per_s": lambda piece: piece.rate("trained_tokens"),
     "groups_per_s": lambda piece: piece.rate("groups"),
@@ -211,7 +216,7 @@ SERIES = {
     "busy_share": lambda piece: piece.share("busy_s", "serving_s"),
     "paused_share": lambda piece: piece.share("paused_s", "serving_s"),
     "weights_bytes_per_s": lambda piece: piece.rate("weights_bytes"),
-    **{name: (lambda piece, name=name: piece.level(name)) for name in LEVELS},
+    **{name: _level(name) for name in LEVELS},
 }
 """What is drawn over time -> its value in a piece: tokens and bytes a second, shares of time, mean levels."""
 

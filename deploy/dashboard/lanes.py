@@ -14,7 +14,7 @@ from learner.telemetry.sample import ACTOR_STATES, LEARNER_PHASES, Sample
 LEARNER = "learner"
 STATES = tuple(dict.fromkeys((*LEARNER_PHASES, *ACTOR_STATES)))
 """Of both sides; segments name them by number."""
-_NUMBER = {name: number for number, name in enumerate(STATES)}
+_NUMBER: dict[str, int] = {name: number for number, name in enumerate(STATES)}
 
 Segment = tuple[float, float, int]
 """From, to (Unix time), number of the state."""

@@ -8,7 +8,7 @@ from typing import Any
 from deploy.dashboard.history import History
 from deploy.dashboard.lanes import STATES
 from deploy.dashboard.overview import present
-from deploy.dashboard.steps import StepsReader, evaluations
+from deploy.dashboard.steps import StepsReader
 from learner.telemetry.timeline import TimelineReader
 from protocol.rundir import RunDir
 
@@ -72,7 +72,7 @@ class Readers:
         """As `StepsReader.columns`, with the evaluations."""
         with self._lock:
             found = self._steps.columns(since)
-            return found | {"evaluations": evaluations(self.run, self._steps.last_step)}
+            return found | {"evaluations": self._steps.evaluations()}
 
 
 def _start(history: History, since: float) -> float:

@@ -48,7 +48,9 @@ def open_socket(host: str = LOOPBACK, port: int | None = None) -> socket.socket:
         except OSError as error:
             if wanted == PORT and port is None and error.errno == errno.EADDRINUSE:
                 continue
-            raise RecipeError(f"dashboard: cannot listen on {host}, port {wanted}: {os.strerror(error.errno or 0)}") from None
+            raise RecipeError(
+                f"dashboard: cannot listen on {host}, port {wanted}: {os.strerror(error.errno or 0)}"
+            ) from None
     raise AssertionError("port 0 is never in use")
 
 

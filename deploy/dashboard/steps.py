@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
+from pathlib import Path
 from typing import Any
 
+from deploy.dashboard.jsonl_tail import JsonlTail
 from protocol.rundir import RunDir, read_json
 
 FIGURES = (
@@ -20,79 +20,64 @@ FIGURES = (
 
 
 class StepsReader:
-    """The file grows by a line a step. After a rollback, and where a line was amended, it is another file."""
+    """Not for several threads."""
 
     def __init__(self, run: RunDir) -> None:
         self.run = run
         self.generation = 0
-        """How often the file was replaced: rows that were given out before may no longer hold."""
-        self._inode = self._offset = 0
+        """How often the file was replaced (a rollback, an amended line): rows given out before may no longer hold."""
+        self._file = JsonlTail(run.metrics)
         self._rows: list[dict[str, Any]] = []
-
-    @property
-    def last_step(self) -> int:
-        """Of what was read; 0 before the first."""
-        return int(self._rows[-1]["step"]) if self._rows else 0
+        self._evaluations: dict[str, tuple[int, dict[str, Any] | None]] = {}
+        """Name -> when its file was written (ns), and what is shown of it."""
 
     def columns(self, since: int) -> dict[str, Any]:
         """{"generation", "step": [steps after `since`], "columns": figure -> values, None where there is none}.
 
         Figures that no row has are left out."""
-        self._read()
-        rows = [row for row in self._rows if row["step"] > since]
-        known = [name for name in FIGURES if any(name in row for row in rows)]
+        rows, replaced = self._file.new()
+        if replaced:
+            self.generation += bool(self._rows)
+            self._rows = []
+        self._rows += [row for row in rows if isinstance(row.get("step"), int)]
+        found = [row for row in self._rows if row["step"] > since]
+        known = [name for name in FIGURES if any(name in row for row in found)]
         return {
             "generation": self.generation,
-            "step": [row["step"] for row in rows],
-            "columns": {name: [_number(row.get(name)) for row in rows] for name in known},
+            "step": [row["step"] for row in found],
+            "columns": {name: [_number(row.get(name)) for row in found] for name in known},
         }
 
-    def _read(self) -> None:
+    def evaluations(self) -> list[dict[str, Any]]:
+        """[{"name", "step", "reward", "ci95", "problems"}] by step; those around a run at 0 and its last."""
+        last = int(self._rows[-1]["step"]) if self._rows else 0
+        found = []
+        for path in self.run.eval.glob("*.json"):
+            result = self._evaluation(path)
+            if result is not None:
+                match = re.fullmatch(r"step-(\d+)", path.stem)
+                at = int(match[1]) if match else last if path.stem == "after" else 0
+                rank = {"before": 0, "after_warm_start": 1, "after": 3}.get(path.stem, 2)
+                found.append((at, rank, result | {"name": path.stem.replace("_", " "), "step": at}))
+        return [result for _, _, result in sorted(found, key=lambda entry: entry[:2])]
+
+    def _evaluation(self, path: Path) -> dict[str, Any] | None:
+        """None for a file that is no result."""
         try:
-            with open(self.run.metrics, "rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                if inode != self._inode:
-                    self.generation += bool(self._inode)
-                    self._inode, self._offset, self._rows = inode, 0, []
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # torn by a crash
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                self._rows.append(row)
+            written = path.stat().st_mtime_ns
+            if self._evaluations.get(path.stem, (0, None))[0] != written:
+                self._evaluations[path.stem] = (written, _result(read_json(path)))
+        except (OSError, ValueError):
+            return None
+        return self._evaluations[path.stem][1]
+
+
+def _result(found: Any) -> dict[str, Any] | None:
+    if not isinstance(found, dict) or "reward" not in found:
+        return None
+    figures = {"reward": _number(found["reward"]), "ci95": _number(found.get("reward_ci95"))}
+    return figures | {"problems": found.get("problems")}
 
 
 def _number(value: Any) -> float | None:
     return float(f"{value:.6g}") if isinstance(value, int | float) and abs(value) < float("inf") else None
-
-
-def evaluations(run: RunDir, steps: int) -> list[dict[str, Any]]:
-    """[{"name", "step", "reward", "ci95", "problems"}] in the order of steps; those around a run are at 0 and `steps`."""
-    found = []
-    for path in run.eval.glob("*.json"):
-        result = _result(run, path.stem)
-        if result is not None:
-            step = int(match[1]) if (match := re.fullmatch(r"step-(\d+)", path.stem)) else None
-            at = step if step is not None else steps if path.stem == "after" else 0
-            rank = {"before": 0, "after_warm_start": 1, "after": 3}.get(path.stem, 2)
-            found.append((at, rank, result | {"name": path.stem.replace("_", " "), "step": at}))
-    return [result for _, _, result in sorted(found, key=lambda entry: entry[:2])]
-
-
-def _result(run: RunDir, name: str) -> dict[str, Any] | None:
-    try:
-        result = read_json(run.eval / f"{name}.json")
-    except ValueError:
-        return None
-    if not isinstance(result, dict) or "reward" not in result:
-        return None
-    return {
-        "reward": _number(result["reward"]), "ci95": _number(result.get("reward_ci95")), "problems": result.get("problems")
-    }  # fmt: skip
