@@ -12,7 +12,6 @@ import hmac
 import ipaddress
 import secrets
 from collections.abc import Mapping
-from http.cookies import CookieError, SimpleCookie
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -78,11 +77,9 @@ class Access:
         return True  # a number is looked up nowhere
 
     def _has_cookie(self, header: str, port: int) -> bool:
-        try:
-            cookie = SimpleCookie(header).get(cookie_name(port))
-        except CookieError:
-            return False
-        return cookie is not None and hmac.compare_digest(cookie.value.encode(), self._session.encode())
+        parts = (part.strip().partition("=") for part in header.split(";"))
+        given = [value for name, _, value in parts if name == cookie_name(port)]  # whatever other servers have set
+        return any(hmac.compare_digest(value.encode(), self._session.encode()) for value in given)
 
 
 def cookie_name(port: int) -> str:
