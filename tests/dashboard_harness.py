@@ -60,7 +60,7 @@ DENSE_BYTES = 724_000_000
 class MadeRun:
     """A run that a simulation of both sides writes, with the learner's own timeline, journal and events."""
 
-    def __init__(self, path: Path, actors: int = 2, steps: int = 60, method: str = "grpo", began: float = 0.0) -> None:
+    def __init__(self, path: Path, actors: int = 2, steps: int = 250, method: str = "grpo", began: float = 0.0) -> None:
         """`began`: when it did, Unix time; 0: now."""
         self.run = RunDir(path.resolve()).create()
         self.run.recipe.write_text(RECIPE.format(name=path.name, method=method, steps=steps))

@@ -7,7 +7,7 @@ is continued where it was, and no rate is given across two learner processes. Fe
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -22,11 +22,13 @@ OVERDUE = 2.0
 """A count that comes in lumps (a step's tokens) says nothing of the time since the last one, until so many times the
 interval of the last two has passed: then it stands still."""
 SHORTEST_OVERDUE_S = 10.0
+SMOOTH = 5
+"""A point is the mean over so many distances between points: a step's rhythm would hide what it is about."""
 SERVING = ("generating", "updating", "waiting", "draining")
 
-LUMPS = ("rollout_tokens", "trained_tokens", "groups")
-"""Counts that grow with each step, heartbeat or group: spread over the time since they grew last."""
-COUNTS = (*LUMPS, "weights_bytes", "busy_s", "paused_s", "serving_s", *(f"phase_{name}" for name in LEARNER_PHASES))
+LUMPS = ("rollout_tokens", "trained_tokens", "groups", "weights_bytes")
+"""Counts that grow with each step, heartbeat, group or version: spread over the time since they grew last."""
+COUNTS = (*LUMPS, "busy_s", "paused_s", "serving_s", *(f"phase_{name}" for name in LEARNER_PHASES))
 LEVELS = (
     "queued", "leased", "backlog", "serving", "wanted", "version", "step", "lag", "fetch_s", "pause_s", "memory",
     "actors_memory",
@@ -139,9 +141,9 @@ class History:
     # --- what the page asks for ---
 
     def series(self, since: float, points: int) -> dict[str, Any]:
-        """{"t": ends of at most about `points` pieces of the time from `since` on, "series": name -> value in each}.
+        """{"t": times from `since` on, at most about `points`, "series": name -> value over a while before each}.
 
-        A piece between two processes of the learner has None everywhere, so that lines are cut there.
+        The first sample of a later process of the learner has None everywhere, so that lines are cut there.
         """
         found: dict[str, list[float | None]] = {name: [] for name in SERIES}
         ends: list[float] = []
@@ -153,7 +155,7 @@ class History:
         return {"t": ends, "series": found}
 
     def _pieces(self, since: float, points: int) -> Iterator[tuple[int, int]]:
-        """(first, last) index of pieces of about equal length; a break is a piece of its own."""
+        """(first, last) index of pieces that end at about equal distances and overlap by `SMOOTH`, within one process."""
         if len(self.times) < 2:
             return
         start = max(0, bisect_left(self.times, since) - 1)
@@ -162,7 +164,10 @@ class History:
         cuts |= {bisect_left(self.times, self.times[start] + number * width) for number in range(1, points)}
         cuts |= {index - back for index in self._breaks if index > start for back in (0, 1)}
         ordered = sorted(cut for cut in cuts if cut < len(self.times))
-        yield from pairwise(ordered)
+        for before, last in pairwise(ordered):
+            lowest = self._breaks[found - 1] if (found := bisect_right(self._breaks, last)) else 0
+            wide = bisect_left(self.times, self.times[last] - SMOOTH * width)
+            yield (before if last == lowest else max(lowest, min(wide, before))), last
 
     def increase(self, name: str, first: int, last: int) -> float:
         return self._columns[name][last] - self._columns[name][first]

@@ -7,7 +7,8 @@ const known = (value) => typeof value === "number" && Number.isFinite(value);
 /** Three significant digits, thousands as k and M: 0.0123, 4.5, 128, 1.25k. */
 export function short(value) {
   if (!known(value)) return NONE;
-  const size = Math.abs(value);
+  if (value < 0) return `−${short(-value)}`;
+  const size = value;
   if (size === 0) return "0";
   if (size >= 999.5e6) return trimmed(value / 1e9) + "G";
   if (size >= 999.5e3) return trimmed(value / 1e6) + "M";

@@ -20,6 +20,7 @@ const STATES = {
 };
 const WORDS = { updating: "updating weights", publishing: "publishing weights", gone: "dead or gone" };
 const AXIS = 22;
+const FIRST = 22; // height of the learner's lane
 
 export class LanesView {
   constructor() {
@@ -80,6 +81,11 @@ export class LanesView {
     return count <= 9 ? 24 : count <= 20 ? 16 : count <= 40 ? 10 : 7;
   }
 
+  /** Where a lane begins: the learner's stands a little apart. */
+  top(number) {
+    return number ? FIRST + 4 + (number - 1) * this.row : 0;
+  }
+
   get gutter() {
     return Math.min(110, 12 + 6.6 * Math.max(...this.found.lanes.map((lane) => lane.name.length)));
   }
@@ -88,7 +94,7 @@ export class LanesView {
     const width = byId("lanes").clientWidth;
     if (!this.found || width <= 0) return;
     const { lanes, since, until } = this.found;
-    const height = lanes.length * this.row + AXIS;
+    const height = this.top(lanes.length) + AXIS;
     const ratio = window.devicePixelRatio || 1;
     this.canvas.width = Math.round(width * ratio);
     this.canvas.height = Math.round(height * ratio);
@@ -100,16 +106,17 @@ export class LanesView {
     pen.textBaseline = "middle";
     const left = this.gutter;
     this.scale = (width - left - 10) / Math.max(until - since, 1);
-    this.axis(pen, left, width, lanes.length * this.row);
+    this.axis(pen, left, width, this.top(lanes.length));
     const colors = this.found.states.map((name) => style(`--${STATES[name].color}`));
     const every = Math.ceil(13 / this.row);
     lanes.forEach((lane, number) => {
-      const middle = (number + 0.5) * this.row;
+      const row = number ? this.row : FIRST;
+      const middle = this.top(number) + row / 2;
       if (number === 0 || (number - 1) % every === 0) {
         pen.fillStyle = style(number ? "--muted" : "--text");
         pen.fillText(lane.name, 0, middle, left - 8);
       }
-      const full = this.row - (this.row > 12 ? 6 : 2);
+      const full = row - (row > 12 ? 6 : 2);
       for (const [from, to, state] of lane.segments) {
         const bar = Math.max(1, full * STATES[this.found.states[state]].height);
         pen.fillStyle = colors[state];
@@ -144,7 +151,7 @@ export class LanesView {
   point(event) {
     if (!this.found || !this.scale) return;
     const box = this.canvas.getBoundingClientRect();
-    const lane = this.found.lanes[Math.floor((event.clientY - box.top) / this.row)];
+    const lane = this.found.lanes.findLast((_, number) => this.top(number) <= event.clientY - box.top);
     const at = (event.clientX - box.left - this.gutter) / this.scale;
     const segment = lane?.segments.find(([from, to]) => from <= at && at < to);
     if (!segment) {

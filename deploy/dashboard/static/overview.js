@@ -12,7 +12,7 @@ const POINTS = 240;
 const MOST_STEPS = 300; // more are drawn as means of several
 
 const TIME_CHARTS = [
-  { id: "throughput", title: "Throughput", unit: "tokens/s", wide: true, series: [{ key: "rollout_tokens_per_s", label: "rollout", color: "rollout", fill: true }, { key: "learner_tokens_per_s", label: "learner", color: "learner", fill: true }], hint: "Tokens that the actors draw, and tokens that go through forward and backward. A step's tokens are spread over the time since the step before." },
+  { id: "throughput", title: "Throughput", unit: "tokens/s", wide: true, series: [{ key: "rollout_tokens_per_s", label: "rollout", color: "rollout" }, { key: "learner_tokens_per_s", label: "learner", color: "learner" }], hint: "Tokens that the actors draw, and tokens that go through forward and backward. A step's tokens are spread over the time since the step before." },
   { id: "busy", title: "Who waits", format: percent, ceiling: 1, series: [{ key: "waiting_share", label: "learner waits", color: "learner" }, { key: "busy_share", label: "actors busy", color: "rollout", spanGaps: true }], hint: "Share of the learner's time spent waiting for groups; share of the actors' time with requests in the engine." },
 ];
 const SYNC_CHARTS = [
@@ -61,6 +61,7 @@ export class Overview {
 
   async update(run, now) {
     [this.run, this.now] = [run, now];
+    document.body.classList.toggle("no-rollouts", !run.draws);
     await Promise.all([this.overTime(run, now), this.bySteps(run, now)]);
     this.tiles(run, now);
     this.actors(run, now);
@@ -111,7 +112,7 @@ export class Overview {
     tiles.push(["evaluation", "Held-out", short(evaluation?.reward), evaluation?.ci95 ? `± ${short(evaluation.ci95)}` : "", evaluation ? evaluation.name.replace(/^step-0*/, "step ") : "no evaluation yet"]);
     if (run.draws) {
       tiles.push(["lag", "Lag", short(figure("lag_mean")), "steps", `largest ${short(figure("lag_max"))}, allowed ${run.recipe["rollout.max_lag"] ?? NONE}`]);
-      tiles.push(["actors-tile", "Actors", live ? `${serving}` : short(summary?.actors?.max), live && wanted !== undefined && wanted !== serving ? `of ${wanted}` : "", live ? plural(now.restarted, "restart") : `most at once, ${plural(summary?.actors?.restarted ?? 0, "restart")}`]);
+      tiles.push(["actors-tile", "Actors", live ? `${serving}` : short(summary?.actors?.max), live && wanted !== undefined && wanted !== serving ? `of ${wanted}` : "", plural((live ? now.restarted : summary?.actors?.restarted) ?? 0, "restart")]);
       tiles.push(["version", "Weights", now.version ? `v${now.version}` : NONE, "", now.tickets.trained === undefined ? "" : `${short(now.tickets.trained)} groups trained`]);
     }
     byId("tiles").replaceChildren(
@@ -133,7 +134,7 @@ export class Overview {
       this.have.timeline = timeline.last ?? 0;
       for (const chart of this.charts.filter(({ options }) => options.x === "time")) {
         chart.card.hidden = !run.draws && chart.options.id !== "throughput" && chart.options.id !== "memory";
-        chart.show(timeline.t, chart.options.series.map(({ key }) => timeline.series[key] || []), why);
+        chart.show(timeline.t, chart.options.series.map(({ key }) => (key.startsWith("rollout") && !run.draws ? timeline.t.map(() => null) : timeline.series[key] || [])), why);
       }
     }
     if (!lanes.unchanged) {
@@ -249,7 +250,7 @@ function joined(before, found) {
 /** Means of neighbouring steps, where there are more than can be told apart. */
 function binned(xs, columns) {
   const wide = Math.ceil(xs.length / MOST_STEPS);
-  if (wide === 1) return [xs, columns];
+  if (wide <= 1) return [xs, columns];
   const starts = [...Array(Math.ceil(xs.length / wide)).keys()].map((bin) => bin * wide);
   const meanOf = (column, start) => {
     const found = column.slice(start, start + wide).filter((value) => value !== null);

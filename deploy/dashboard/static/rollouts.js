@@ -222,9 +222,9 @@ function ratioColour(gap) {
   return strength < 0.02 ? "" : `rgb(var(--${gap > 0 ? "up" : "down"}) / ${(0.08 + 0.6 * strength).toFixed(2)})`;
 }
 
-const visible = (token) => token.replaceAll("\n", "↵\n") || "∅";
+const visible = (token) => token.replaceAll("\n", "↵\n") || "▫";
 
 const oneLine = (text) => {
-  const plain = text.replace(/\s+/g, " ").trim();
+  const plain = text.replace(/<\|[^|<>]*\|>/g, " ").replace(/\s+/g, " ").trim();
   return plain.length > 160 ? `…${plain.slice(-158)}` : plain;
 };

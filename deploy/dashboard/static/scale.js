@@ -38,7 +38,7 @@ export class Scale {
   show(now) {
     byId("scale").hidden = !now.scalable;
     if (!now.scalable) {
-      say("scale-state", "");
+      say("scale-state", now.alive || !now.actors.length ? "" : "as they were last seen");
       return;
     }
     const wanted = now.wish.actors;
