@@ -1,7 +1,7 @@
 """Makes run directories as runs leave them, second by second, and looks at their page in a browser. Not a test itself.
 
-    python -m tests.dashboard_harness make DIR [ACTORS] [SECONDS]     a made-up run, for looking at the page
-    python -m tests.dashboard_harness shots RUN OUT                   the README's screenshots of a run, into a directory
+python -m tests.dashboard_harness make DIR [ACTORS] [SECONDS]     a made-up run, for looking at the page
+python -m tests.dashboard_harness shots RUN OUT                   the README's screenshots of a run, into a directory
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ class MadeRun:
         self.journal = Journal(self.run.journal) if method == "grpo" else None
         self.actors: dict[str, dict[str, float]] = {}
         self.gone: set[str] = set()
+        self.hostile = False
+        """Whether completions try to be markup."""
         self.scale(actors if method == "grpo" else 0)
         if method == "grpo":
             write_wish(self.run, Wish(actors, "the recipe"))
@@ -87,7 +89,15 @@ class MadeRun:
         for name in wanted:
             self.gone.discard(name)
             speed = 0.85 + 0.3 * self.random.random()
-            new = {"tokens": 0, "serving": 0, "busy": 0, "paused": 0, "starts": 6 + 4 * speed, "speed": speed, "swap": 0}
+            new = {
+                "tokens": 0,
+                "serving": 0,
+                "busy": 0,
+                "paused": 0,
+                "starts": 6 + 4 * speed,
+                "speed": speed,
+                "swap": 0,
+            }
             self.actors.setdefault(name, new)
         for name in [name for name in self.actors if name not in wanted]:
             self.kill(name)
@@ -184,7 +194,9 @@ class MadeRun:
 
     def evaluation(self, name: str, reward: float) -> None:
         reward = round(min(1.0, reward + 0.03 * (self.random.random() - 0.5)), 4)
-        write_json(self.run.eval / f"{name}.json", {"name": name, "reward": reward, "reward_ci95": 0.045, "problems": 64})
+        write_json(
+            self.run.eval / f"{name}.json", {"name": name, "reward": reward, "reward_ci95": 0.045, "problems": 64}
+        )
 
     def write_step(self) -> None:
         wobble, done = lambda size: size * (self.random.random() - 0.5), self.progress
@@ -286,11 +298,12 @@ def note_event_at(run: RunDir, t: float, kind: str, text: str) -> None:
 
 # --- rollouts -----------------------------------------------------------------------------------------------------
 
+HOSTILE = "<img src=x onerror=\"document.title='hacked'\">"
 PIECES = (
     "<|im_start|>", "<|im_end|>", "user", "assistant", "\n", "What", " is", " ", "+", " +", "?", ".", ",", " =", "First", " add",
     " the", " ones", " tens", " digits", ":", " carry", " So", " answer", "The", " sum", " of", " and", " gives", " we", " get",
     " Let", " me", " check", " that", " again", "</think>", "<think>", "<answer>", "</answer>", " plus", " then", " one", " wait",
-    "<b>bold</b>", *map(str, range(200)),
+    HOSTILE, *map(str, range(200)),
 )  # fmt: skip
 NUMBER = {piece: number for number, piece in enumerate(PIECES)}
 
@@ -314,8 +327,13 @@ def made_group(made: MadeRun, number: int) -> Group:
         right = random.random() < made.progress
         answer = str(a + b if right else a + b + random.choice((-10, -1, 1, 10)))
         words = ["<think>", "First", " add", " the", " ones", " digits", ":", " ", str(a % 10), " +", " ", str(b % 10), " =", " ", str(a % 10 + b % 10), "."]  # fmt: skip
-        words += [" So", " we", " carry", " one", ",", " then", " add", " the", " tens", ".", "\n"] if a % 10 + b % 10 > 9 else []
+        words += (
+            [" So", " we", " carry", " one", ",", " then", " add", " the", " tens", ".", "\n"]
+            if a % 10 + b % 10 > 9
+            else []
+        )
         words += [" wait", ",", " Let", " me", " check", " that", " again", ".", " ", str(a), " plus", " ", str(b), " gives", " ", answer, "."] if random.random() < 0.5 else []  # fmt: skip
+        words += [HOSTILE] if made.hostile else []
         cut = random.random() > 0.92
         words += [] if cut else ["</think>", "\n", "The", " sum", " is", " ", answer, ".", "\n", "<answer>", answer, "</answer>", "<|im_end|>"]  # fmt: skip
         texts.append(words)
@@ -337,7 +355,9 @@ def keep_logprobs(made: MadeRun, groups: list[Group]) -> None:
     logprobs, advantages = [], []
     for group in groups:
         engine = np.frombuffer(group.logprobs, "<f4")
-        drift = np.array([made.random.gauss(0.0, 0.1) * (4 if made.random.random() < 0.12 else 1) for _ in engine], "<f4")
+        drift = np.array(
+            [made.random.gauss(0.0, 0.1) * (4 if made.random.random() < 0.12 else 1) for _ in engine], "<f4"
+        )
         rewards = np.array([completion.scores["reward"] for completion in group.completions], "<f4")
         logprobs.append(np.minimum(engine + drift, -1e-3) if rewards.std() else np.full(len(engine), np.nan, "<f4"))
         advantages.append((rewards - rewards.mean()) / (rewards.std() + 1e-4))

@@ -95,7 +95,7 @@ export class Chart {
         cursor: { sync: { key: options.x, setSeries: false }, drag: { x: false, y: false, setScale: false }, points: { size: 6 }, y: false },
         scales: { x: { time: false, range: widened }, y: { range: (_, low, high) => range(low, high, options) } },
         axes: [
-          { ...axis, size: 26, gap: 7, space: time ? 64 : 38, incrs: time ? TIME_STEPS : WHOLE_STEPS, grid: { show: false }, values: (_, marks, __, ___, step) => (time ? timeLabels(marks, step) : marks.map(short)) },
+          { ...axis, size: 26, gap: 7, space: time ? 72 : 38, incrs: time ? TIME_STEPS : WHOLE_STEPS, grid: { show: false }, values: (_, marks, __, ___, step) => (time ? timeLabels(marks, step) : marks.map(short)) },
           { ...axis, size: (_, labels) => 14 + 6.2 * Math.max(3, ...(labels || []).map((label) => label.length)), gap: 6, space: 32, values: (_, marks) => marks.map((mark) => this.format(mark)) },
         ],
         series: [{}, ...options.series.map((series) => look(series, time))],

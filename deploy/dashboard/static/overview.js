@@ -9,6 +9,7 @@ import { Scale } from "./scale.js";
 
 const WINDOWS = [["5 min", -300], ["30 min", -1800], ["3 h", -10800], ["all", 0]];
 const POINTS = 240;
+const OF_ACTORS = ["rollout_tokens_per_s", "actors_memory"];
 const MOST_STEPS = 300; // more are drawn as means of several
 
 const TIME_CHARTS = [
@@ -134,7 +135,7 @@ export class Overview {
       this.have.timeline = timeline.last ?? 0;
       for (const chart of this.charts.filter(({ options }) => options.x === "time")) {
         chart.card.hidden = !run.draws && chart.options.id !== "throughput" && chart.options.id !== "memory";
-        chart.show(timeline.t, chart.options.series.map(({ key }) => (key.startsWith("rollout") && !run.draws ? timeline.t.map(() => null) : timeline.series[key] || [])), why);
+        chart.show(timeline.t, chart.options.series.map(({ key }) => (!run.draws && OF_ACTORS.includes(key) ? timeline.t.map(() => null) : timeline.series[key] || [])), why);
       }
     }
     if (!lanes.unchanged) {

@@ -179,7 +179,10 @@ export class Rollouts {
   explained(mode) {
     if (mode === "version") return this.versions.slice(-12).map((version) => el("span", { class: "key" }, el("i", { class: "swatch token-swatch", data: { version: String(this.versions.indexOf(version) % VERSION_COLORS) } }), `version ${version}`));
     if (mode === "none") return [el("span", { class: "key" }, "faint: not trained on")];
-    if (!this.group.completions.some(({ learner_logprobs: found }) => found.some((value) => value !== null))) return [el("span", { class: "key" }, "the learner's logprobs of this step were not kept")];
+    if (!this.group.completions.some(({ learner_logprobs: found }) => found.some((value) => value !== null))) {
+      const kept = this.group.completions.some(({ advantage }) => typeof advantage === "number");
+      return [el("span", { class: "key" }, kept ? "nothing of this group was trained on" : "the learner's logprobs of this step were not kept")];
+    }
     return [["¼", -STRONGEST], ["½", -Math.log(2)], ["1", 0], ["2", Math.log(2)], ["4", STRONGEST]]
       .map(([text, value]) => {
         const swatch = el("i", { class: "swatch token-swatch" });
