@@ -9,6 +9,7 @@ import contextlib
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,11 +17,13 @@ import typer
 from rich.console import Console
 
 from deploy.data_cli import data_app
+from deploy.scale import MAX_ACTORS
 from protocol.addresses import is_loopback
 from protocol.errors import RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from socket import socket
 
     from protocol.config import Recipe
     from protocol.rundir import RunDir
@@ -41,8 +44,6 @@ errors = Console(stderr=True, markup=False)
 
 DEMO_RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "demo.toml"
 EXIT_USER = 2
-MAX_ACTORS = 4096
-"""More is a slip of the keyboard: each would be a process."""
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. optim.lr=2e-5; repeatable.")
@@ -52,6 +53,12 @@ RayAddress = Annotated[
     str,
     typer.Option("--ray-address", envvar="RAY_ADDRESS", help="Join this Ray cluster instead of starting Ray here."),
 ]
+WithDashboard = Annotated[
+    bool, typer.Option("--dashboard", help="Serve the run's page while it goes on, on this machine only.")
+]
+DashboardPort = Annotated[
+    int | None, typer.Option("--dashboard-port", metavar="PORT", min=1, max=65535, help="Default: 7704, or a free one.")
+]
 
 
 @app.command()
@@ -60,12 +67,14 @@ def demo(
     overrides: Overrides = None,
     runs: RunsDir = Path("runs"),
     ray_address: RayAddress = "",
+    dashboard: WithDashboard = False,
+    dashboard_port: DashboardPort = None,
 ) -> None:
     """Align the bundled SmolLM2-135M on arithmetic with GRPO: a few minutes on two cores, from nothing to a report."""
     from protocol.config import load_recipe
 
     recipe = load_recipe(DEMO_RECIPE, (*(overrides or ()), f"seed={seed}"))
-    _run(recipe, lambda: _new_run(recipe, runs), ray_address)
+    _run(recipe, lambda: _new_run(recipe, runs), ray_address, dashboard, dashboard_port)
 
 
 @app.command()
@@ -76,20 +85,22 @@ def train(
     name: Annotated[str, typer.Option(help="Name of the run; default: the recipe's, with a number.")] = "",
     runs: RunsDir = Path("runs"),
     ray_address: RayAddress = "",
+    dashboard: WithDashboard = False,
+    dashboard_port: DashboardPort = None,
 ) -> None:
     """Train by a recipe, or go on with a run that was stopped (--resume, which keeps all but a few keys)."""
     if (recipe_path is None) == (resume is None):
         raise RecipeError("train: expected a RECIPE, or --resume RUN, and not both")
     if resume is not None:
         recipe, run = _resumed(resume, tuple(overrides or ()))
-        _run(recipe, lambda: run, ray_address)
+        _run(recipe, lambda: run, ray_address, dashboard, dashboard_port)
     else:
         from protocol.config import load_recipe
 
         assert recipe_path is not None
         given = (f'name="{name}"',) if name else ()
         recipe = load_recipe(recipe_path, (*(overrides or ()), *given))
-        _run(recipe, lambda: _new_run(recipe, runs), ray_address)
+        _run(recipe, lambda: _new_run(recipe, runs), ray_address, dashboard, dashboard_port)
 
 
 @app.command("eval")
@@ -209,6 +220,25 @@ def scale(
         raise typer.Exit(1)
 
 
+@app.command("dashboard")
+def dashboard_command(
+    name: Annotated[
+        str, typer.Argument(metavar="[RUN]", help="Name or directory; default: the one that runs, else the last one.")
+    ] = "",
+    port: Annotated[
+        int | None, typer.Option("--port", metavar="PORT", min=1, max=65535, help="Default: 7704, or a free one.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Not only this machine: nothing is encrypted there.")
+    ] = "127.0.0.1",
+    runs: RunsDir = Path("runs"),
+) -> None:
+    """Show a run in the browser, while it goes on or afterwards: throughput, who waits, learning, rollouts, scaling."""
+    from deploy.dashboard.command import pick_run, serve
+
+    serve(pick_run(name, runs), host, port, lambda text: console.print(text, soft_wrap=True, highlight=False))
+
+
 @app.command()
 def status(
     name: Annotated[
@@ -273,8 +303,16 @@ def model_fetch(
 # --- what the commands share ---
 
 
-def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> None:
-    """Preflight, launch, report. Exits with the learner's code. A refused recipe leaves no run directory."""
+def _run(
+    recipe: Recipe,
+    make_run: Callable[[], RunDir],
+    ray_address: str,
+    dashboard: bool = False,
+    dashboard_port: int | None = None,
+) -> None:
+    """Preflight, launch, report. Exits with the learner's code. A refused recipe leaves no run directory.
+
+    With `dashboard`, or a port for it, the run's page is served meanwhile."""
     from deploy.datasets import resolve_task
     from deploy.launch import launch
     from deploy.preflight import check_gpu_memory, preflight
@@ -285,6 +323,7 @@ def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> No
     from protocol.rundir import read_json
 
     began = time.monotonic()
+    listening = _listening(dashboard_port) if dashboard or dashboard_port is not None else None
     with contextlib.ExitStack() as stack:
         with Working(console) as working:
             working("checking the recipe")
@@ -299,7 +338,7 @@ def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> No
             _write_recipe(recipe, run)
             if recipe.needs_actors and not recipe.actor.count:
                 _print_actor_command(recipe, run)
-            with ProgressView(console, recipe.name) as view:
+            with _dashboard(run, listening), ProgressView(console, recipe.name) as view:
                 code = launch(site, run, model, view)
     status = read_json(run.status) or {}
     if code == 0:
@@ -311,6 +350,26 @@ def _run(recipe: Recipe, make_run: Callable[[], RunDir], ray_address: str) -> No
         _print_error("the run failed:", status.get("error", f"the learner ended with {code}"))
         errors.print(f"logs: {run.logs}", soft_wrap=True)
     raise typer.Exit(code if code >= 0 else 1)
+
+
+def _listening(port: int | None) -> socket:
+    """For the run's page; refused before anything starts."""
+    from deploy.dashboard.server import open_socket
+
+    return open_socket(port=port)
+
+
+@contextmanager
+def _dashboard(run: RunDir, listening: socket | None) -> Iterator[None]:
+    """Within, the run's page is served, if that is wanted, and its address has been said."""
+    if listening is None:
+        yield
+        return
+    from deploy.dashboard.server import Dashboard
+
+    with Dashboard(run, listening) as dashboard:
+        console.print(f"dashboard {dashboard.address}", soft_wrap=True, highlight=False)
+        yield
 
 
 def _dim(text: str) -> None:

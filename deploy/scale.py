@@ -13,6 +13,8 @@ from protocol.errors import RecipeError
 from protocol.rundir import RunDir
 from protocol.scaling import Member, Wish, actor_number, read_members, read_wish, write_wish
 
+MAX_ACTORS = 4096
+"""More is a slip of the keyboard: each would be a process."""
 POLL_S = 0.2
 SETTLE_S = 4.0
 """Longer than a launcher takes to notice a wish and to see whether there is room."""

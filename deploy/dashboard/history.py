@@ -1,0 +1,231 @@
+"""timeline.jsonl as columns: what the page draws over time. Rates by subtraction, whatever the number of samples. Pure.
+
+Every column is a sum that only grows, so that a mean or a rate over any piece of time is one subtraction: of a count,
+its increase; of a level, itself summed over samples. Counts begin anew with a learner's or an actor's process: each
+is continued where it was, and no rate is given across two learner processes. Fed by `readers.py`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+from deploy.dashboard.lanes import Lanes
+from learner.telemetry.sample import LEARNER_PHASES, ActorSample, Sample
+
+RECENT_S = 20.0
+"""An actor's tokens/s in the table are over so long."""
+OVERDUE = 2.0
+"""A count that comes in lumps (a step's tokens) says nothing of the time since the last one, until so many times the
+interval of the last two has passed: then it stands still."""
+SHORTEST_OVERDUE_S = 10.0
+SMOOTH = 5
+"""A point is the mean over so many distances between points: a step's rhythm would hide what it is about."""
+SERVING = ("generating", "updating", "waiting", "draining")
+
+LUMPS = ("rollout_tokens", "trained_tokens", "groups", "weights_bytes")
+"""Counts that grow with each step, heartbeat, group or version: spread over the time since they grew last."""
+COUNTS = (*LUMPS, "busy_s", "paused_s", "serving_s", *(f"phase_{name}" for name in LEARNER_PHASES))
+LEVELS = (
+    "queued", "leased", "backlog", "serving", "wanted", "version", "step", "lag", "fetch_s", "pause_s", "memory",
+    "actors_memory",
+)  # fmt: skip
+
+
+def levels_of(sample: Sample) -> dict[str, float]:
+    """What is so at the moment of a sample, by the names of `LEVELS`."""
+    there = [actor for actor in sample.actors.values() if actor.state != "gone"]
+    serving = [actor for actor in there if actor.state in SERVING]
+    return {
+        "queued": sample.tickets.get("queued", 0),
+        "leased": sample.tickets.get("leased", 0),
+        "backlog": sample.backlog,
+        "serving": len(serving),
+        "wanted": sample.wanted if sample.wanted is not None else len(there),
+        "version": sample.version,
+        "step": sample.step,
+        "lag": max((sample.version - actor.version for actor in serving if actor.version), default=0),
+        "fetch_s": _mean([actor.fetch_s for actor in serving]),
+        "pause_s": _mean([actor.pause_s for actor in serving]),
+        "memory": sample.memory.get("resident", 0),
+        "actors_memory": sum(actor.rss_bytes for actor in there),
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+class History:
+    """Samples in, columns out. Not for several threads."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.lanes = Lanes()
+        self.newest: Sample | None = None
+        self._columns: dict[str, list[float]] = {name: [] for name in (*COUNTS, *LEVELS)}
+        self._breaks: list[int] = []
+        """Indices of the first samples of later learner processes."""
+        self._grew: dict[str, list[int]] = {name: [0, 0] for name in LUMPS}
+        """Count -> indices at which it grew last, and the time before."""
+        self._actors: dict[str, ActorSample] = {}
+        self._drawn: dict[str, float] = {}
+        self._recent: deque[tuple[float, dict[str, float]]] = deque()
+
+    def see(self, sample: Sample) -> None:
+        """Take in the next sample; one that is not later than the last is left out (the clock was set back)."""
+        if self.newest is not None and sample.t <= self.newest.t:
+            return
+        index = len(self.times)
+        restarted = self.newest is not None and sample.process != self.newest.process
+        if restarted:
+            self._breaks.append(index)
+            self._grew = {name: [index, index] for name in LUMPS}
+            self._actors, self._recent = {}, deque()
+        increases = self._increases(sample, restarted or self.newest is None)
+        levels = levels_of(sample)
+        for name, column in self._columns.items():
+            column.append((column[-1] if column else 0.0) + (increases[name] if name in increases else levels[name]))
+        self.times.append(sample.t)
+        for name in LUMPS:
+            if increases[name] > 0:
+                self._spread(name, index)
+        self.lanes.see(sample, self.newest)
+        self._keep_recent(sample)
+        self.newest = sample
+
+    def _increases(self, sample: Sample, first: bool) -> dict[str, float]:
+        """By how much each count has grown. A new process of an actor counts from 0, a new learner's from now."""
+        before = None if first else self.newest
+        grown = dict.fromkeys(COUNTS, 0.0)
+        for name, actor in sample.actors.items():
+            old = self._actors.get(name)
+            again = old is None or actor.serving_s < old.serving_s or actor.tokens < old.tokens
+            base = ActorSample("starting") if again or old is None else old
+            if before is not None and actor.state != "gone":
+                self._drawn[name] = self._drawn.get(name, 0.0) + actor.tokens - base.tokens
+                grown["rollout_tokens"] += actor.tokens - base.tokens
+                for part in ("busy_s", "paused_s", "serving_s"):
+                    grown[part] += max(0.0, getattr(actor, part) - getattr(base, part))
+        self._actors |= {name: actor for name, actor in sample.actors.items() if actor.state != "gone"}
+        if before is not None:
+            for name in ("trained_tokens", "groups", "weights_bytes"):
+                grown[name] = max(0, getattr(sample, name) - getattr(before, name))
+            for phase, seconds in sample.phases.items():
+                grown[f"phase_{phase}"] = max(0.0, seconds - before.phases.get(phase, 0.0))
+        return grown
+
+    def _spread(self, name: str, index: int) -> None:
+        """Let a count that grew now have grown evenly since it grew last."""
+        column, times, since = self._columns[name], self.times, self._grew[name][0]
+        low, high, span = column[since], column[index], self.times[index] - self.times[since]
+        for between in range(since + 1, index):
+            column[between] = low + (high - low) * (times[between] - times[since]) / span
+        self._grew[name] = [index, since]
+
+    def _keep_recent(self, sample: Sample) -> None:
+        self._recent.append((sample.t, dict(self._drawn)))
+        while len(self._recent) > 2 and sample.t - self._recent[0][0] > RECENT_S:
+            self._recent.popleft()
+
+    def actor_rates(self) -> dict[str, float]:
+        """Actor -> tokens a second, over the last `RECENT_S`."""
+        if len(self._recent) < 2:
+            return {}
+        (began, old), (now, new) = self._recent[0], self._recent[-1]
+        return {name: (tokens - old.get(name, 0.0)) / (now - began) for name, tokens in new.items()}
+
+    # --- what the page asks for ---
+
+    def series(self, since: float, points: int) -> dict[str, Any]:
+        """{"t": times from `since` on, at most about `points`, "series": name -> value over a while before each}.
+
+        The first sample of a later process of the learner has None everywhere, so that lines are cut there.
+        """
+        found: dict[str, list[float | None]] = {name: [] for name in SERIES}
+        ends: list[float] = []
+        for first, last in self._pieces(since, points):
+            ends.append(round(self.times[last], 2))
+            piece = None if last in self._breaks else Piece(self, first, last)
+            for name, values in found.items():
+                values.append(None if piece is None else _short(SERIES[name](piece)))
+        return {"t": ends, "series": found}
+
+    def _pieces(self, since: float, points: int) -> Iterator[tuple[int, int]]:
+        """(first, last) index of pieces that end at about equal distances and overlap by `SMOOTH`, within one process."""
+        if len(self.times) < 2:
+            return
+        start = max(0, bisect_left(self.times, since) - 1)
+        width = (self.times[-1] - self.times[start]) / max(1, points)
+        cuts = {start, len(self.times) - 1}
+        cuts |= {bisect_left(self.times, self.times[start] + number * width) for number in range(1, points)}
+        cuts |= {index - back for index in self._breaks if index > start for back in (0, 1)}
+        ordered = sorted(cut for cut in cuts if cut < len(self.times))
+        for before, last in pairwise(ordered):
+            lowest = self._breaks[found - 1] if (found := bisect_right(self._breaks, last)) else 0
+            wide = bisect_left(self.times, self.times[last] - SMOOTH * width)
+            yield (before if last == lowest else max(lowest, min(wide, before))), last
+
+    def increase(self, name: str, first: int, last: int) -> float:
+        return self._columns[name][last] - self._columns[name][first]
+
+    def is_open(self, name: str, first: int) -> bool:
+        """Whether what a lumpy count did from a sample on is not known yet."""
+        if name not in LUMPS:
+            return False
+        grew, before = self._grew[name]
+        patience = max(SHORTEST_OVERDUE_S, OVERDUE * (self.times[grew] - self.times[before]))
+        return first >= grew and self.times[-1] - self.times[grew] < patience
+
+
+class Piece:
+    """A piece of time between two samples of one learner process."""
+
+    def __init__(self, history: History, first: int, last: int) -> None:
+        self._history, self._first, self._last = history, first, last
+        self.seconds = history.times[last] - history.times[first]
+
+    def grown(self, name: str) -> float:
+        return self._history.increase(name, self._first, self._last)
+
+    def rate(self, name: str) -> float | None:
+        """Of a count, a second; None where it is not known yet."""
+        return None if self._history.is_open(name, self._first) else self.grown(name) / self.seconds
+
+    def level(self, name: str) -> float:
+        """Mean of a level."""
+        return self.grown(name) / (self._last - self._first)
+
+    def share(self, name: str, of: str) -> float | None:
+        """Of two counts; None where the second did not grow."""
+        whole = self.grown(of)
+        return min(1.0, self.grown(name) / whole) if whole > 0 else None
+
+    def of_time(self, name: str) -> float:
+        """Share of the time that a count of seconds has grown in."""
+        return min(1.0, self.grown(name) / self.seconds)
+
+
+def _level(name: str) -> Callable[[Piece], float | None]:
+    return lambda piece: piece.level(name)
+
+
+SERIES: dict[str, Callable[[Piece], float | None]] = {
+    "rollout_tokens_per_s": lambda piece: piece.rate("rollout_tokens"),
+    "learner_tokens_per_s": lambda piece: piece.rate("trained_tokens"),
+    "groups_per_s": lambda piece: piece.rate("groups"),
+    "waiting_share": lambda piece: piece.of_time("phase_waiting"),
+    "busy_share": lambda piece: piece.share("busy_s", "serving_s"),
+    "paused_share": lambda piece: piece.share("paused_s", "serving_s"),
+    "weights_bytes_per_s": lambda piece: piece.rate("weights_bytes"),
+    **{name: _level(name) for name in LEVELS},
+}
+"""What is drawn over time -> its value in a piece: tokens and bytes a second, shares of time, mean levels."""
+
+
+def _short(value: float | None) -> float | None:
+    """Enough digits to draw, few to send."""
+    return None if value is None else float(f"{value:.5g}")

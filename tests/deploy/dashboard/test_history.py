@@ -1,0 +1,167 @@
+"""Series and lanes out of samples whose rates and states are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.dashboard.history import SMOOTH, History
+from deploy.dashboard.lanes import STATES, Lanes
+from deploy.dashboard.readers import Readers
+from learner.telemetry.sample import ActorSample, Sample
+from learner.telemetry.timeline import Timeline
+from protocol.rundir import RunDir
+
+
+def sample(t: float, drawn: int = 0, trained: int = 0, process: int = 1, **fields: Any) -> Sample:
+    actors = fields.pop("actors", {"actor-0": ActorSample("generating", tokens=drawn, serving_s=t, busy_s=t / 2)})
+    return Sample(t=t, process=process, actors=actors, trained_tokens=trained, phases={"training": t}, **fields)
+
+
+def history(*samples: Sample) -> History:
+    made = History()
+    for one in samples:
+        made.see(one)
+    return made
+
+
+def values(found: dict[str, Any], name: str) -> list[float | None]:
+    return found["series"][name]
+
+
+@pytest.mark.parametrize("points", [20, 50, 400])
+def test_rates_are_exact_however_few_points_are_asked_for(points: int) -> None:
+    found = history(*(sample(1000 + t, 30 * t, version=t) for t in range(401))).series(0, points)
+    assert len(found["t"]) == points
+    assert found["t"][-1] == 1400
+    assert values(found, "rollout_tokens_per_s") == [30.0] * points
+    assert values(found, "busy_share") == [0.5] * points
+
+
+def test_a_window_begins_where_it_is_asked_to() -> None:
+    found = history(*(sample(1000 + t) for t in range(401))).series(1300, 100)
+    assert found["t"][0] == pytest.approx(1300, abs=2)
+
+
+def test_tokens_of_a_step_are_spread_over_the_time_since_the_step_before() -> None:
+    steps = [sample(float(t), trained=400 * (t // 20)) for t in range(1, 201)]
+    found = history(*steps).series(0, 200)
+    assert {round(value, 3) for value in values(found, "learner_tokens_per_s")[40:] if value is not None} == {20.0}
+
+
+def test_what_a_step_under_way_will_bring_is_not_told_as_zero() -> None:
+    steps = [sample(float(t), trained=400 * (t // 20)) for t in range(1, 216)]
+    found = history(*steps).series(0, 215)
+    last = dict(zip(found["t"], values(found, "learner_tokens_per_s"), strict=True))
+    assert last[200.0] == pytest.approx(20.0)
+    assert last[215.0] is None, "the step that began at 200 has not ended"
+
+
+def test_a_learner_that_makes_no_steps_any_more_is_told_so() -> None:
+    steps = [sample(float(t), trained=min(4000, 400 * (t // 20))) for t in range(1, 400)]
+    assert values(history(*steps).series(0, 200), "learner_tokens_per_s")[-1] == 0.0
+
+
+def test_a_new_learner_process_cuts_the_lines_and_counts_from_zero() -> None:
+    first = [sample(float(t), 100 + 10 * t, process=1) for t in range(1, 51)]
+    second = [sample(100.0 + t, 10 * t, process=2) for t in range(1, 51)]
+    found = history(*first, *second).series(0, 100)
+    by_time = dict(zip(found["t"], values(found, "rollout_tokens_per_s"), strict=True))
+    assert by_time[101.0] is None
+    assert {value for time, value in by_time.items() if time != 101.0} == {10.0}
+
+
+def test_a_restarted_actor_counts_on_from_where_it_was() -> None:
+    before = [
+        sample(float(t), actors={"a": ActorSample("generating", tokens=10 * t, serving_s=t)}) for t in range(1, 31)
+    ]
+    after = [
+        sample(30.0 + t, actors={"a": ActorSample("generating", tokens=10 * t, serving_s=t)}) for t in range(1, 31)
+    ]
+    made = history(*before, *after)
+    assert {round(v or 0, 3) for v in values(made.series(0, 60), "rollout_tokens_per_s")} == {10.0}
+    assert made.actor_rates() == {"a": pytest.approx(10.0)}
+
+
+def test_levels_are_means_over_the_time_before_a_point() -> None:
+    made = history(*(sample(float(t), tickets={"queued": t % 2 * 8}) for t in range(1, 402)))
+    assert values(made.series(0, 20), "queued")[-1] == pytest.approx(4.0, abs=8 / (20 * SMOOTH))
+
+
+def test_a_clock_that_was_set_back_costs_samples_and_no_more() -> None:
+    made = history(sample(10.0, 100), sample(11.0, 110), sample(5.0, 120), sample(12.0, 120))
+    assert made.times == [10.0, 11.0, 12.0]
+
+
+# --- lanes ------------------------------------------------------------------------------------------------------------
+
+
+def lanes_of(*states: str, process: list[int] | None = None) -> list[dict[str, Any]]:
+    """Lanes of an actor with a state a second."""
+    made, before = Lanes(), None
+    for t, state in enumerate(states):
+        pid = process[t] if process else 1
+        now = Sample(t=float(t), process=pid, phases={"waiting": t / 1}, actors={"actor-0": ActorSample(state)})  # type: ignore[arg-type]
+        made.see(now, before)
+        before = now
+    return made.between(0.0, float(len(states) - 1), 100)
+
+
+def named(lane: dict[str, Any]) -> list[tuple[float, float, str]]:
+    return [(start, end, STATES[state]) for start, end, state in lane["segments"]]
+
+
+def test_lanes_have_a_segment_for_each_stretch_in_one_state() -> None:
+    learner, actor = lanes_of("starting", "starting", "generating", "generating", "updating", "gone")
+    assert (learner["name"], named(learner)) == ("learner", [(0, 5, "waiting")])
+    assert named(actor) == [(0, 1, "starting"), (1, 3, "generating"), (3, 4, "updating"), (4, 5, "gone")]
+
+
+def test_lanes_say_nothing_of_the_time_between_two_learners() -> None:
+    learner, _ = lanes_of("generating", "generating", "generating", "generating", process=[1, 1, 2, 2])
+    assert named(learner) == [(0, 1, "waiting"), (2, 3, "waiting")]
+
+
+def test_lanes_that_change_too_often_show_what_most_of_a_cell_was() -> None:
+    _, actor = lanes_of(*(["generating"] * 3 + ["waiting"]) * 200)
+    found = actor["segments"]
+    assert len(found) <= 100
+    generating = sum(end - start for start, end, state in named(actor) if state == "generating")
+    assert generating > 0.7 * 799
+
+
+def test_lanes_are_in_the_order_of_the_actors_numbers() -> None:
+    made = Lanes()
+    first = Sample(t=0.0, process=1, actors={f"actor-{n}": ActorSample("waiting") for n in (10, 2, 0)})
+    made.see(Sample(t=1.0, process=1, actors=first.actors), first)
+    assert [lane["name"] for lane in made.between(0, 1, 10)] == ["learner", "actor-0", "actor-2", "actor-10"]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_readers_follow_a_timeline_that_grows_and_is_thinned_out(tmp_path: Path) -> None:
+    run = RunDir(tmp_path).create()
+    readers = Readers(run)
+    assert readers.timeline(0, 100) == {
+        "t": [],
+        "series": readers.timeline(0, 100)["series"],
+        "first": None,
+        "last": None,
+    }
+    timeline = Timeline(run.timeline, 0.2, max_bytes=20_000)
+    for t in range(1, 21):
+        timeline.write(sample(float(t), 30 * t))
+    assert readers.timeline(0, 100)["last"] == 20.0
+    assert readers.timeline(0, 100, have=20.0) == {"unchanged": True}
+    for t in range(21, 301):
+        timeline.write(sample(float(t), 30 * t))
+        if t % 50 == 0:
+            readers.timeline(0, 100)
+    timeline.close()
+    assert timeline.every_s > 0.2, "the file was thinned out meanwhile"
+    found = readers.timeline(0, 100)
+    assert set(found["series"]["rollout_tokens_per_s"]) == {30.0}
+    assert found["t"] == sorted(set(found["t"]))
