@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deploy.dashboard.server import Dashboard, open_socket
 from deploy.scale import running_runs
-from protocol.addresses import LOOPBACK, is_loopback
+from protocol.addresses import is_loopback
 from protocol.errors import RecipeError
 from protocol.rundir import RunDir
 

@@ -1,4 +1,4 @@
-"""The page in a real browser: data arrive, clicks work, nothing goes wrong on its console, no request leaves the machine.
+"""The page in a real browser: data arrive, clicks work, its console stays empty, no request leaves the machine.
 
 Pictures of what was seen stay in build/screenshots (TANDEM_SCREENSHOTS)."""
 
@@ -89,7 +89,7 @@ def drawn(page: Any, chart: str = "throughput") -> Any:
 
 
 def holds(page: Any, expression: str) -> None:
-    """Wait until an expression is true. (Playwright's own wait evaluates it in the page, where the policy forbids that.)"""
+    """Wait until an expression is true. (Playwright's own wait needs `eval`, which the page's policy forbids.)"""
     deadline = time.monotonic() + PATIENCE_MS / 1000
     while not page.evaluate(expression):
         assert time.monotonic() < deadline, f"never: {expression}; the page says:\n{page.inner_text('body')[:1500]}"
@@ -219,10 +219,7 @@ def test_scale_buttons_leave_wishes(tmp_path: Path, visit: Visit) -> None:
         assert read_wish(made.run) == Wish(3, "the dashboard")
         made.scale(3)
         made.advance(20)
-        holds(
-            page,
-            "document.getElementById('scale-state').textContent.includes('3 actors wanted by the dashboard, all serve')",
-        )
+        page.wait_for_selector("#scale-state >> text=3 actors wanted by the dashboard, all serve")
         page.fill("#scale-number", "7")
         page.click("#scale-set")
         holds(page, "document.getElementById('scale-state').textContent.includes('3 → 7 actors')")

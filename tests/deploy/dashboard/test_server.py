@@ -91,7 +91,7 @@ def test_pick_run_takes_a_name_a_directory_the_running_one_or_the_last(tmp_path:
     assert pick_run("", tmp_path) == other
     with one.lock("launcher"):
         assert pick_run("", tmp_path) == one
-        with other.lock("launcher"), pytest.raises(RecipeError, match="2 runs under .*: one, other"):
+        with other.lock("launcher"), pytest.raises(RecipeError, match=r"2 runs under .*: one, other"):
             pick_run("", tmp_path)
     with pytest.raises(RecipeError, match="no run 'third' under"):
         pick_run("third", tmp_path)
