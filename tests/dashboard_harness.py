@@ -306,8 +306,8 @@ HOSTILE = "<img src=x onerror=\"document.title='hacked'\">"
 PIECES = (
     "<|im_start|>", "<|im_end|>", "user", "assistant", "\n", "What", " is", " ", "+", " +", "?", ".", ",", " =",
     "First", " add", " the", " ones", " tens", " digits", ":", " carry", " So", "The", " sum", " gives", " we",
-    " Let", " me",    " check", " that", " again", "</think>", "<think>", "<answer>", "</answer>", " plus", " then", " one", "-",
-    HOSTILE, *map(str, range(200)),
+    " Let", " me", " check", " that", " again", "</think>", "<think>", "<answer>", "</answer>", " plus", " then",
+    " one", "-", HOSTILE, *map(str, range(200)),
 )  # fmt: skip
 LONGEST_FIRST = re.compile("|".join(map(re.escape, sorted(PIECES, key=len, reverse=True))))
 NUMBER = {piece: number for number, piece in enumerate(PIECES)}
