@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -231,11 +233,13 @@ class MadeRun:
 
     def write_sample(self) -> None:
         sample = Sample(
-            t=self.t, process=self.process, step=self.step, version=self.version, phase=self.phase,  # type: ignore[arg-type]
+            t=self.t, process=self.process, step=self.step, version=self.version, phase=self.phase,
             phases={name: seconds for name, seconds in self.phases.items() if seconds},
             waits={"groups": self.phases["waiting"]}, groups=int(self.groups), trained_tokens=self.trained_tokens,
-            tickets={"issued": int(self.groups) + 12, "trained": self.step * GROUPS_PER_STEP, "queued": int(self.queued),
-                     "leased": 6 * len(self.actors)} if self.method == "grpo" else {},
+            tickets={} if self.method != "grpo" else {
+                "issued": int(self.groups) + 12, "trained": self.step * GROUPS_PER_STEP, "queued": int(self.queued),
+                "leased": 6 * len(self.actors),
+            },
             backlog=max(0, 14 - 4 * len(self.actors)), versions=self.version, weights_bytes=self.weights_bytes,
             dense_bytes=DENSE_BYTES, wanted=len(self.actors) if self.method == "grpo" else None,
             started=len(self.actors), actors={
@@ -244,15 +248,14 @@ class MadeRun:
             },
             memory={"resident": 3_900_000_000 + 400_000 * self.step},
         )  # fmt: skip
-        self.timeline.write(Sample(**{name: getattr(sample, name) for name in sample.__struct_fields__ if name != "advice"},
-                                   advice=self.advisor.see(sample)), force=True)  # fmt: skip
+        self.timeline.write(msgspec.structs.replace(sample, advice=self.advisor.see(sample)), force=True)
 
     def actor(self, actor: dict[str, float]) -> ActorSample:
         if actor["starts"] > 0:
             return ActorSample("starting", "loading")
         state = "updating" if actor["swap"] > 0 else "waiting" if actor.get("idle") else "generating"
         return ActorSample(
-            state, "serving", self.version, held=6, running=41 if state == "generating" else 0, room=64,  # type: ignore[arg-type]
+            state, "serving", self.version, held=6, running=41 if state == "generating" else 0, room=64,
             tokens=int(actor["tokens"]), serving_s=actor["serving"], busy_s=actor["busy"], paused_s=actor["paused"],
             running_s=40 * actor["busy"], pause_s=0.21 + 0.03 * actor["speed"], fetch_s=0.38 + 0.1 * actor["speed"],
             swaps=self.step, rss_bytes=int(5.1e9 + 2e8 * actor["speed"]),
@@ -279,7 +282,8 @@ class MadeRun:
         note_event_at(self.run, self.t, "finished", f"{self.step} steps, the model is in model/")
         write_json(self.run.summary, {
             "name": self.run.path.name, "method": self.method, "steps": self.step, "wall_s": self.t - self.began,
-            "rollout_tokens_per_s": 3600.0, "learner_tokens_per_s": 8192.0, "actors": {"max": len(self.actors), "restarted": 0},
+            "rollout_tokens_per_s": 3600.0, "learner_tokens_per_s": 8192.0,
+            "actors": {"max": len(self.actors), "restarted": 0},
         })  # fmt: skip
 
     def close(self) -> None:
@@ -300,11 +304,12 @@ def note_event_at(run: RunDir, t: float, kind: str, text: str) -> None:
 
 HOSTILE = "<img src=x onerror=\"document.title='hacked'\">"
 PIECES = (
-    "<|im_start|>", "<|im_end|>", "user", "assistant", "\n", "What", " is", " ", "+", " +", "?", ".", ",", " =", "First", " add",
-    " the", " ones", " tens", " digits", ":", " carry", " So", " answer", "The", " sum", " of", " and", " gives", " we", " get",
-    " Let", " me", " check", " that", " again", "</think>", "<think>", "<answer>", "</answer>", " plus", " then", " one", " wait",
-    HOSTILE, *map(str, range(200)),
+    "<|im_start|>", "<|im_end|>", "user", "assistant", "\n", "What", " is", " ", "+", " +", "?", ".", ",", " =",
+    "First", " add", " the", " ones", " tens", " digits", ":", " carry", " So", "The", " sum", " gives", " we",
+    " Let", " me", " check", " that", " again", "</think>", "<think>", "<answer>", "</answer>", " plus", " then",
+    " one", "-", HOSTILE, *map(str, range(200)),
 )  # fmt: skip
+LONGEST_FIRST = re.compile("|".join(map(re.escape, sorted(PIECES, key=len, reverse=True))))
 NUMBER = {piece: number for number, piece in enumerate(PIECES)}
 
 
@@ -317,35 +322,43 @@ def tokenizer() -> Any:
     return made
 
 
+def pieces_of(text: str) -> list[str]:
+    """The tokens of a text, which must consist of such."""
+    found = LONGEST_FIRST.findall(text)
+    assert "".join(found) == text
+    return found
+
+
+def answer_to(made: MadeRun, a: int, b: int, answer: str) -> str:
+    """A chain of thought with this answer."""
+    ones = a % 10 + b % 10
+    carry = " So we carry one, then add the tens.\n" if ones > 9 else ""
+    again = f" Let me check that again. {a} plus {b} gives {answer}." if made.random.random() < 0.5 else ""
+    hostile = HOSTILE if made.hostile else ""
+    return f"<think>First add the ones digits: {a % 10} + {b % 10} = {ones}.{carry}{again}{hostile}"
+
+
 def made_group(made: MadeRun, number: int) -> Group:
     """Sums of two numbers, thought about at length, right more often as the run goes on."""
     random = made.random
     a, b = random.randrange(10, 90), random.randrange(10, 90)
-    prompt = ["<|im_start|>", "user", "\n", "What", " is", " ", str(a), " +", " ", str(b), "?", "<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]  # fmt: skip
+    prompt = f"<|im_start|>user\nWhat is {a} + {b}?<|im_end|>\n<|im_start|>assistant\n"
     texts, completions, logprobs = [], [], []
     for _ in range(GROUP_SIZE):
-        right = random.random() < made.progress
+        right, cut = random.random() < made.progress, random.random() > 0.92
         answer = str(a + b if right else a + b + random.choice((-10, -1, 1, 10)))
-        words = ["<think>", "First", " add", " the", " ones", " digits", ":", " ", str(a % 10), " +", " ", str(b % 10), " =", " ", str(a % 10 + b % 10), "."]  # fmt: skip
-        words += (
-            [" So", " we", " carry", " one", ",", " then", " add", " the", " tens", ".", "\n"]
-            if a % 10 + b % 10 > 9
-            else []
-        )
-        words += [" wait", ",", " Let", " me", " check", " that", " again", ".", " ", str(a), " plus", " ", str(b), " gives", " ", answer, "."] if random.random() < 0.5 else []  # fmt: skip
-        words += [HOSTILE] if made.hostile else []
-        cut = random.random() > 0.92
-        words += [] if cut else ["</think>", "\n", "The", " sum", " is", " ", answer, ".", "\n", "<answer>", answer, "</answer>", "<|im_end|>"]  # fmt: skip
+        end = "" if cut else f"</think>\nThe sum is {answer}.\n<answer>{answer}</answer><|im_end|>"
+        words = pieces_of(answer_to(made, a, b, answer) + end)
         texts.append(words)
         crossed = random.randrange(4, len(words)) if random.random() < 0.6 else 0
         spans = ((max(1, made.version - 2), 0), (made.version - 1, crossed)) if crossed else ((made.version - 1, 0),)
         scores = {"reward": float(right and not cut), "answer": float(right), "format": float(not cut)}
         completions.append(Completion(len(words), spans, "length" if cut else "stop", scores, "".join(words)))
         logprobs += [-0.02 - 2.4 * random.random() ** 4 for _ in words]
-    ids = [NUMBER.get(word, NUMBER[" "]) for words in texts for word in words]
+    ids = [NUMBER[word] for words in texts for word in words]
     return Group(
         id=TicketId(0, made.step * JOURNALED + number), kind="train", attempt=1, actor=f"actor-{number % 2}",
-        prompt_ids=tuple(NUMBER[word] for word in prompt), temperature=1.0, completions=tuple(completions),
+        prompt_ids=tuple(NUMBER[word] for word in pieces_of(prompt)), temperature=1.0, completions=tuple(completions),
         token_ids=np.array(ids, "<i4").tobytes(), logprobs=np.array(logprobs, "<f4").tobytes(), mask=b"\1" * len(ids),
     )  # fmt: skip
 

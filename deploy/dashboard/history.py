@@ -155,7 +155,7 @@ class History:
         return {"t": ends, "series": found}
 
     def _pieces(self, since: float, points: int) -> Iterator[tuple[int, int]]:
-        """(first, last) index of pieces that end at about equal distances and overlap by `SMOOTH`, within one process."""
+        """(first, last) indices of pieces that end at about equal distances, `SMOOTH` of them long, of one process."""
         if len(self.times) < 2:
             return
         start = max(0, bisect_left(self.times, since) - 1)

@@ -10,7 +10,7 @@ const LIVE_MS = 1500;
 const ENDED_MS = 5000;
 const VIEWS = ["overview", "rollouts"];
 
-const page = { run: null, now: null, lostSince: 0, refused: false, timer: 0, asking: false };
+const page = { run: null, now: null, lostSince: 0, refused: false, timer: 0, asking: false, again: false };
 const overview = new Overview();
 const rollouts = new Rollouts();
 
@@ -37,7 +37,9 @@ async function poll() {
     page.asking = false;
   }
   connection();
-  if (!page.refused) page.timer = setTimeout(poll, page.now?.alive === false ? ENDED_MS : LIVE_MS);
+  const pause = page.again ? 0 : page.now?.alive === false ? ENDED_MS : LIVE_MS;
+  page.again = false;
+  if (!page.refused) page.timer = setTimeout(poll, pause);
 }
 
 async function firstCard() {
@@ -81,6 +83,7 @@ function route() {
     byId(`tab-${name}`).setAttribute("aria-selected", String(view() === name));
   }
   rollouts.go(location.hash.slice(1).split("/").slice(1).map(Number));
+  page.again = page.asking; // a click is not to wait for the next round
   poll();
 }
 

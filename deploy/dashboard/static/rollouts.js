@@ -75,7 +75,12 @@ export class Rollouts {
     const key = `${this.step}/${this.index}`;
     if (this.shown === key) return;
     this.shown = key;
-    await this.showGroups();
+    try {
+      await this.showGroups();
+    } catch (error) {
+      this.shown = ""; // the next round tries again
+      throw error;
+    }
   }
 
   showSteps() {
@@ -98,8 +103,10 @@ export class Rollouts {
     const [step, index] = [this.step, this.index];
     try {
       if (this.listed !== step) {
-        const { groups } = await get(`api/rollouts/${step}`);
         this.listed = step;
+        this.list.replaceChildren(); // no click goes to a group of the step before
+        const { groups } = await get(`api/rollouts/${step}`);
+        if (this.step !== step) return;
         this.list.replaceChildren(...groups.map((group) => this.entry(group)));
       }
       for (const entry of this.list.children) entry.firstChild.setAttribute("aria-current", String(Number(entry.dataset.index) === index));
@@ -108,6 +115,7 @@ export class Rollouts {
       this.group = group;
       this.showGroup();
     } catch (error) {
+      this.listed = null;
       if (error.status !== 404) throw error;
       this.group = null;
       this.legend.replaceChildren();
