@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def preflight(recipe: Recipe, progress: Callable[[str], None], ray_address: str 
         check_ports(recipe.wire.address, recipe.wire.port)
     if recipe.metrics.serve:
         check_address(recipe)
+    check_wandb(recipe)
     if ray_address:
         check_ray_address(ray_address)
     try:
@@ -74,6 +76,30 @@ def check_device(recipe: Recipe) -> None:
     """Raise RecipeError if the learner is to use a GPU that this machine has not."""
     if recipe.learner.device == "cuda" and not gpu_count():
         raise RecipeError('learner.device: found "cuda", but no GPU is visible here; allowed: "auto" or "cpu"')
+
+
+def check_wandb(recipe: Recipe) -> None:
+    """Raise RecipeError if Weights & Biases is asked for and cannot be had."""
+    mode = recipe.metrics.wandb
+    if mode != "off" and find_spec("wandb") is None:
+        raise RecipeError(
+            f'metrics.wandb: found "{mode}", but wandb is not installed; allowed: "off", or after `pip install wandb`'
+        )
+    if mode == "online" and (fault := _wandb_key_fault()):
+        raise RecipeError(
+            f'metrics.wandb: found "online", but {fault}; allowed: "offline" (`wandb sync` sends it later), or after'
+            " `wandb login`, or with WANDB_API_KEY in the environment"
+        )
+
+
+def _wandb_key_fault() -> str:
+    """What is wrong with the key that wandb finds here by itself; "" for nothing. Asks nobody."""
+    import wandb
+
+    try:
+        return "" if wandb.login(prompt=False, verify=False) else "no key is known here"
+    except wandb.Error as error:
+        return f"its key cannot be used ({error})"
 
 
 def check_gpu_memory(recipe: Recipe, model: Path, learner_gpus: Sequence[str], actor_gpus: Sequence[str]) -> None:

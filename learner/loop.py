@@ -28,7 +28,7 @@ from learner.intake.source import Interrupted, StopFlag, TicketsFail
 from learner.methods import sft
 from learner.methods.epochs import Epochs
 from learner.methods.guard import Guard, Verdict
-from learner.metrics import MetricsLog, Status
+from learner.metrics import MetricsLog, Status, wandb_log
 from learner.optim import lr_at
 from learner.outcome import GuardStop
 from learner.parity import ParityGate
@@ -148,7 +148,7 @@ class Learner:
         self.feed = self._make_feed()
         self.status.set(steps=self.feed.steps)
         self.telemetry.metrics.planned = self.feed.steps
-        self.metrics = MetricsLog(self.run, self.state.step, self.state.branch)
+        self.metrics = MetricsLog(self.run, self.state.step, self.state.branch, wandb_log(recipe, self.run))
         try:
             if self.actors is None:
                 yield

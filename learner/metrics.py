@@ -1,4 +1,5 @@
-"""What the learner says of itself: metrics.jsonl and TensorBoard once a step, status.json about once a second."""
+"""What the learner says of itself: metrics.jsonl, TensorBoard and, if it is asked for, Weights & Biases once a step;
+status.json about once a second."""
 
 from __future__ import annotations
 
@@ -7,19 +8,23 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from protocol.config import Recipe
 from protocol.rundir import RunDir, read_jsonl, replace_file, write_json
+
+if TYPE_CHECKING:
+    from learner.telemetry.wandb_log import WandbLog
 
 STATUS_EVERY_S = 0.5
 
 
 class MetricsLog:
-    """One line a step in metrics.jsonl, the same figures in TensorBoard."""
+    """One line a step in metrics.jsonl, the same figures in TensorBoard, and elsewhere."""
 
-    def __init__(self, run: RunDir, first_step: int = 0, branch: int = 0) -> None:
+    def __init__(self, run: RunDir, first_step: int = 0, branch: int = 0, wandb: WandbLog | None = None) -> None:
         """Go on after `first_step` steps. Rows of later ones are lost with a crash, or were given up with a branch."""
-        self._run = run
+        self._run, self._wandb = run, wandb
         self._go_on_after(first_step, branch)
 
     def _go_on_after(self, step: int, branch: int) -> None:
@@ -38,7 +43,7 @@ class MetricsLog:
 
     def roll_back(self, step: int, branch: int) -> None:
         """Steps after `step` are no longer part of the run, which goes on on `branch`."""
-        self.close()
+        self._close_files()
         self._go_on_after(step, branch)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
@@ -50,6 +55,8 @@ class MetricsLog:
             if isinstance(value, int | float):
                 self._board.add_scalar(key, value, step)
         self._board.flush()
+        if self._wandb:
+            self._wandb.write(step, clean)
 
     def amend(self, figures: dict[str, float]) -> None:
         """Add figures to the last step's line: they were measured when there was no other step to come."""
@@ -60,14 +67,31 @@ class MetricsLog:
         for key, value in figures.items():
             self._board.add_scalar(key, value, last["step"])
         self._board.flush()
+        if self._wandb:
+            self._wandb.write(last["step"], figures)
 
     def close(self) -> None:
+        """All of it is written."""
+        self._close_files()
+        if self._wandb:
+            self._wandb.close()
+
+    def _close_files(self) -> None:
         self._file.close()
         self._board.close()
 
 
 def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def wandb_log(recipe: Recipe, run: RunDir) -> WandbLog | None:
+    """Weights & Biases, if the recipe asks for it."""
+    if recipe.metrics.wandb == "off":
+        return None
+    from learner.telemetry.wandb_log import WandbLog
+
+    return WandbLog(recipe, run)
 
 
 class Status:
