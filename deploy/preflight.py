@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import netrc
 import os
 import socket
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from actor.grading import check_user_functions
 from actor.rewards import check_grader, user_functions_of
@@ -88,24 +85,21 @@ def check_wandb(recipe: Recipe) -> None:
         raise RecipeError(
             f'metrics.wandb: found "{mode}", but wandb is not installed; allowed: "off", or after `pip install wandb`'
         )
-    if mode == "online" and not wandb_credentials():
+    if mode == "online" and (fault := _wandb_key_fault()):
         raise RecipeError(
-            'metrics.wandb: found "online", but no key is known here; allowed: "offline" (`wandb sync` sends it later),'
-            " or after `wandb login`, or with WANDB_API_KEY in the environment"
+            f'metrics.wandb: found "online", but {fault}; allowed: "offline" (`wandb sync` sends it later), or after'
+            " `wandb login`, or with WANDB_API_KEY in the environment"
         )
 
 
-def wandb_credentials() -> bool:
-    """Whether wandb would find a key without asking; where it looks itself."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    paths = [os.environ.get("NETRC", ""), "~/.netrc", "~/_netrc"]
-    for path in (Path(path).expanduser() for path in paths if path):
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(path).authenticators(server):
-                return True
-    return False
+def _wandb_key_fault() -> str:
+    """What is wrong with the key that wandb finds here by itself; "" for nothing. Asks nobody."""
+    import wandb
+
+    try:
+        return "" if wandb.login(prompt=False, verify=False) else "no key is known here"
+    except wandb.Error as error:
+        return f"its key cannot be used ({error})"
 
 
 def check_gpu_memory(recipe: Recipe, model: Path, learner_gpus: Sequence[str], actor_gpus: Sequence[str]) -> None:

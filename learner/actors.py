@@ -66,8 +66,9 @@ class Actors:
             max_filtered_per_step=limit if rollout.dynamic_sampling else 0,
         )
         self.run, self.versions = run, versions
-        self._worked = (0.0, 0.0)
-        """Busy and serving seconds of all actors when they were last asked for."""
+        self._worked = (0, 0.0, 0.0)
+        """Tokens, busy and serving seconds of all actors when they were last asked for."""
+        self._tokens_a_busy_s = 0.0
         self.journal = Journal(run.journal, fsync=recipe.wire.journal_fsync)
         probes = Probes(recipe.parity_every, recipe.seed, vocabulary, recipe.model.max_model_len)
         scale = ScaleWatch(run, recipe.actor.drain_s)
@@ -140,14 +141,21 @@ class Actors:
             return {peer.name: peer.hello.pid for peer in self.server.peers.values()}
 
     def work_since_last(self) -> dict[str, float]:
-        """How many actors serve now, and which share of their serving time they had requests since this was asked."""
+        """How many actors serve now, which share of their serving time they had requests since this was asked, and how
+        many tokens a second so many draw while they have requests: by what was told since then, or before that."""
         with self.server.lock:
             totals = self.server.totals
-            now = totals.busy_s, totals.serving_s
-            serving = sum(peer.version > 0 and peer.drain is None for peer in self.server.peers.values())
-        (busy, served), self._worked = (now[0] - self._worked[0], now[1] - self._worked[1]), now
-        share = min(1.0, busy / served) if served > 0 else 0.0
-        return {"actors_serving": float(serving), "actors_busy_share": share}
+            now = totals.generated_tokens, totals.busy_s, totals.serving_s
+            serving = self.server.serving()
+        tokens, busy, served = (after - before for after, before in zip(now, self._worked, strict=True))
+        self._worked = now
+        if busy > 0:
+            self._tokens_a_busy_s = tokens / busy
+        return {
+            "rollout_tokens_per_s": serving * self._tokens_a_busy_s,
+            "actors_serving": float(serving),
+            "actors_busy_share": min(1.0, busy / served) if served > 0 else 0.0,
+        }
 
     def seen(self) -> ActorsSeen:
         """A copy of what is known of actors, for a checkpoint."""

@@ -367,7 +367,6 @@ class Learner:
         seconds = sum(step_s for step_s, _ in recent)
         actors = self.actors.present() if self.actors else {}
         if self.actors:
-            figures["rollout_tokens_per_s"] = self.actors.server.totals.tokens_per_s
             figures |= self.actors.work_since_last()
         figures["tokens_per_s"] = sum(tokens for _, tokens in recent) / seconds
         self.metrics.write(step, figures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,11 @@ def run_summary(recipe: Recipe, state: RunState, actors: Actors | None, versions
 
     `rollout_tokens` are the completion tokens of the groups that became steps, `budget_tokens` what counts against
     `token_budget` (those and filtered ones; of sft and dpo the trained ones), `tokens_per_s` is over the wall time of
-    these steps: end to end. `rollout_tokens_per_s` is what the actors draw while they generate, `learner_tokens_per_s`
-    what goes through forward and backward (`learner_tokens`; completions of zero advantage are left out) over the time
-    inside gradient steps. Of a version `weights.publish_seconds_p50` is how long training stood still for it,
-    `encode_seconds_p50` what digests and delta took behind that, `seconds_p50` an actor's fetch, decoding and check,
+    these steps: end to end. `rollout_tokens_per_s` is what the actors draw while they generate, as many as served on
+    average while any did; `learner_tokens_per_s` what goes through forward and backward (`learner_tokens`; completions
+    of zero advantage are left out) over the time inside gradient steps. Of a version `weights.publish_seconds_p50` is
+    how long training stood still for it, `encode_seconds_p50` what digests and delta took behind that, `seconds_p50`
+    an actor's fetch, decoding and check,
     `pause_seconds_p50` the time that its generation stood still. `lag_tokens`: lag in steps -> tokens trained on.
     `parity`: comparisons of engines with the model, in nats a token; `blind` ones could not have seen one update.
     Medians are of the present process; everything else is of the whole run, resumed or not. A run without actors has
@@ -54,7 +55,7 @@ def run_summary(recipe: Recipe, state: RunState, actors: Actors | None, versions
         "eval_after": reward.get("after"),
         "rollout_tokens": state.rollout_tokens,
         "budget_tokens": state.budget_tokens,
-        "rollout_tokens_per_s": _rate(process["max"] * process["generated_tokens"], process["busy_s"]),
+        "rollout_tokens_per_s": _rollout_rate(process),
         "tokens_per_s": _rate(state.rollout_tokens, state.training_s),
         "learner_tokens": state.learner_tokens,
         "learner_tokens_per_s": _rate(state.learner_tokens, state.train_s),
@@ -101,12 +102,21 @@ def process_totals(state: RunState, actors: Actors | None) -> dict[str, Any]:
         "restarted": totals.restarted,
         "generated_tokens": totals.generated_tokens,
         "busy_s": totals.busy_s,
+        "serving_actor_s": totals.serving_actor_s,
+        "served_s": totals.served_s,
     }
     summed = {name: value + earlier.get(name, 0) for name, value in counted.items()}
     return summed | {
         "max": max(totals.max, earlier.get("max", 0)),
         "seen": asdict(actors.seen() if actors else ActorsSeen()),
     }
+
+
+def _rollout_rate(process: Mapping[str, Any]) -> float | None:
+    """Tokens that an actor draws a second while it has requests, times the actors that served on average."""
+    serving = _rate(process["serving_actor_s"], process["served_s"])
+    rate = _rate(process["generated_tokens"], process["busy_s"])
+    return None if serving is None or rate is None else serving * rate
 
 
 def _median(values: Collection[float]) -> float | None:

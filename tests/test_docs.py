@@ -14,6 +14,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from learner.telemetry import registry
+from learner.telemetry.sample import Sample
 from protocol import codec, weights
 from protocol import messages as m
 from protocol.config import RESUMABLE_KEYS, Recipe
@@ -126,6 +128,23 @@ def test_recipe_page_has_every_key_with_its_default(heading: str, defaults: dict
     assert {f"{prefix}{key}" for key, cells in documented.items() if cells[-1] == "resume"} == {
         f"{prefix}{key}" for key in defaults if f"{prefix}{key}" in RESUMABLE_KEYS
     }
+
+
+# --- docs/metrics.md ------------------------------------------------------------------------------------------------
+
+
+def test_metrics_page_has_the_registry() -> None:
+    assert block(document("docs/metrics.md"), "metrics").strip() == registry.markdown(), (
+        "make it anew, as it says below"
+    )
+
+
+def test_metrics_page_has_every_field_of_a_sample() -> None:
+    page = sections(document("docs/metrics.md"), "##")["timeline.jsonl"]
+    described = {
+        name for cell in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", cell)
+    }
+    assert described == set(Sample.__struct_fields__)
 
 
 # --- README.md ------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ ONLY_IN = {
     "zmq": {f"protocol/{name}.py" for name in ("sockets", "hub", "link", "door", "handshakes", "keys")},
     "msgspec.msgpack": {"protocol/codec.py"},
     "torch.distributed": {"learner/joining.py", "learner/ranks.py", "learner/sharding.py"},
-    "wandb": {"learner/telemetry/wandb_log.py"},
+    "wandb": {"learner/telemetry/wandb_log.py", "deploy/preflight.py"},
     "prometheus_client": {"learner/telemetry/exporter.py", "learner/telemetry/engines.py", "actor/vllm_engine.py"},
     "msgspec.json": {"actor/grading.py", "actor/grading_worker.py", "actor/slots.py", "learner/telemetry/timeline.py"},
 }

@@ -113,14 +113,13 @@ class ActorTotals:
     busy_s: float = 0.0
     """Seconds in which an engine had requests, over all actors."""
     serving_s: float = 0.0
-    """Seconds in which an actor served a version, over all actors."""
+    """Seconds in which an actor served a version, over all actors, as their heartbeats tell."""
+    serving_actor_s: float = 0.0
+    """How many actors served, summed over time: actor-seconds."""
+    served_s: float = 0.0
+    """Seconds in which any actor served."""
     failures: list[str] = field(default_factory=list)
     """Errors that actors reported, newest last; emptied when a group arrives."""
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Completion tokens a second of all actors together, while they generate."""
-        return self.max * self.generated_tokens / self.busy_s if self.busy_s else 0.0
 
 
 def unlike(
@@ -215,6 +214,7 @@ class IntakeServer(threading.Thread):
         self._swaps: dict[str, int] = {}
         self._offers: deque[tuple[Snapshot, tuple[Delta, bytes] | None]] = deque()
         self._drain: Drain | None = None
+        self._turned_at = time.monotonic()
         self._stopping = threading.Event()
 
     # --- for the learner's thread ---
@@ -279,6 +279,7 @@ class IntakeServer(threading.Thread):
         self._acknowledge()
         with self.changed:
             now = time.monotonic()
+            self._count_serving(now)
             while self._offers:
                 self.hub.announce(*self._offers.popleft())
             if now - self._looked >= POLL_S:
@@ -305,6 +306,16 @@ class IntakeServer(threading.Thread):
             self._send_home(peer, now)
         self._bury_silent(now)
         self._cancel_stragglers(now)
+
+    def serving(self) -> int:
+        """Actors that serve a version and take tickets. With the lock held."""
+        return sum(peer.version > 0 and peer.drain is None for peer in self.peers.values())
+
+    def _count_serving(self, now: float) -> None:
+        passed, self._turned_at = now - self._turned_at, now
+        if serving := self.serving():
+            self.totals.serving_actor_s += serving * passed
+            self.totals.served_s += passed
 
     def _receive(self, peer_id: bytes, message: Message, now: float) -> None:
         if isinstance(message, Hello):

@@ -159,3 +159,14 @@ METRICS: tuple[Metric, ...] = (
 """In the order of the docs' table."""
 
 BY_NAME = {metric.name: metric for metric in METRICS}
+
+
+def markdown() -> str:
+    """The table as docs/metrics.md shows it."""
+    lines = ["| Metric | Type | Unit | Labels | Figure of `metrics.jsonl` | Meaning |", "|---|---|---|---|---|---|"]
+    for metric in METRICS:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        figures = " or ".join(f"`{figure}`" for figure in (metric.figure, metric.or_figure) if figure)
+        cells = (f"`{metric.name}`", metric.kind, metric.unit, labels, figures, metric.help)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -103,7 +103,7 @@ def window_of(watched: Watched, expression: str) -> tuple[str, tuple[float, floa
 
 def filled_in(expression: str, run: str) -> str:
     """An expression with what Grafana puts in place of its variables."""
-    values = {"$run": run, "$actor": ".*", "$__rate_interval": "4s", "$__range": "20s"}
+    values = {"$run": run, "$actor": ".*", "$__rate_interval": "8s", "$__range": "20s"}
     return re.sub(r"\$\w+", lambda found: values[found[0]], expression)
 
 
@@ -230,7 +230,7 @@ def test_figures_are_the_runs_own(watched: Watched) -> None:
     assert value > 0
     assert last('sum(tandem_learner_phase{job="tandem"})')[1] == 1.0
     assert last("tandem_learner_step")[1] >= STEPS
-    assert last("sum(rate(tandem_rollout_tokens_total[4s]))")[1] > 0
+    assert last("sum(rate(tandem_rollout_tokens_total[8s]))")[1] > 0
 
 
 def test_every_rule_is_evaluated_and_asks_for_what_is_there(watched: Watched) -> None:

@@ -25,7 +25,7 @@ def test_table_has_names_that_kubernetes_takes_and_no_number_twice() -> None:
     assert all(re.fullmatch(r"(?=.*[a-z])[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?", port.name) for port in PORTS)
     for lower, higher in pairwise(sorted(PORTS, key=lambda port: port.first)):
         assert lower.first <= lower.last < higher.first, (lower.name, higher.name)
-    assert [port.numbers for port in PORTS[:3]] == [str(TANDEM_PORT), str(TANDEM_PORT + 1), str(TANDEM_PORT + 2)]
+    assert [port.numbers for port in PORTS[:4]] == [str(TANDEM_PORT + index) for index in range(4)]
 
 
 def test_ray_takes_the_flags_and_every_port_that_it_draws_is_fixed() -> None:
@@ -47,7 +47,7 @@ def test_numbers_without_a_flag_are_rays_own() -> None:
     from ray.autoscaler._private import constants
     from ray.dashboard import consts
 
-    fixed = {port.name: port.first for port in PORTS if port.name.endswith("-metrics")}
+    fixed = {port.name: port.first for port in PORTS if port.node == "head" and port.name.endswith("-metrics")}
     assert fixed == {"monitor-metrics": constants.AUTOSCALER_METRIC_PORT, "board-metrics": consts.DASHBOARD_METRIC_PORT}
 
 

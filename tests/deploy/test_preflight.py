@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -28,18 +29,16 @@ def test_wandb_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_wandb_online_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
+    pytest.importorskip("wandb", reason="wandb is not installed (deploy/requirements/dev.txt has it)")
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "NETRC"))]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(module, "find_spec", lambda name: True)
     online = recipe_of(task={"grader": "integer"}, metrics={"wandb": "online"})
-    assert "wandb login" in refused(online)
-    (tmp_path / ".netrc").write_text("machine example.org login user password secret\n")
-    assert "wandb login" in refused(online)
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
-    module.check_wandb(online)
-    monkeypatch.setenv("HOME", str(tmp_path / "another"))
-    monkeypatch.setenv("WANDB_API_KEY", "x")
+    text = refused(online)
+    assert text.startswith('metrics.wandb: found "online", but no key is known here') and "wandb login" in text
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    assert "its key cannot be used" in refused(online)
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
     module.check_wandb(online)
 
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from deploy.grafana.panels import ROWS
+from deploy.ports import PORTS
 from deploy.prometheus.expressions import ENGINE_METRICS, Selector, faults, known_series, names
 from protocol.rundir import RunDir
 from tests.prometheus_harness import PROMETHEUS_FILES, program
@@ -211,6 +212,8 @@ def test_alerts_and_rays_file_are_those_of_the_jobs() -> None:
 def test_commented_lines_for_a_cluster_are_valid(tmp_path: Path) -> None:
     text = (PROMETHEUS_FILES / "prometheus.yml").read_text("utf-8")
     opened = re.sub(r"^    # (static_configs|  - targets|    labels)", r"    \1", text, flags=re.MULTILINE)
+    (port,) = [port.numbers for port in PORTS if port.name == "tandem-metrics"]
+    assert text.count(f"LEARNER:{port}") == 1
     opened = opened.replace("LEARNER:7703", "10.0.0.1:7703").replace("NAME}", "my-run}")
     (tmp_path / "prometheus.yml").write_text(opened)
     shutil.copy(PROMETHEUS_FILES / "rules.yml", tmp_path)

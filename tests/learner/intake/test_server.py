@@ -548,3 +548,36 @@ def test_actor_that_left_is_not_waited_for_with_a_snapshot(tmp_path: Path) -> No
 def test_run_without_probes_waits_for_none(tmp_path: Path) -> None:
     with Intake(tmp_path) as intake:
         assert intake.source.wait_for_probe(0.01)
+
+
+def test_actors_count_for_the_time_in_which_they_serve(tmp_path: Path) -> None:
+    def served() -> tuple[float, float]:
+        return locked(intake, lambda: (intake.server.totals.serving_actor_s, intake.server.totals.served_s))
+
+    with (
+        Intake(tmp_path) as intake,
+        Puppet(intake.address, "actor-1") as one,
+        Puppet(intake.address, "actor-2") as two,
+    ):
+        intake.publish(0)
+        one.hello(version=0)
+        one.beat(version=0)
+        one.next(Beat)
+        assert served() == (0.0, 0.0), "connected, and no version yet"
+        one.hello()
+        until(lambda: served()[1] > 0, "time in which it serves")
+        actor_s, any_s = served()
+        assert actor_s == any_s
+        two.hello()
+        two.next(Welcome)
+        start = served()
+        one.settle()
+        until(lambda: served()[1] > start[1] + 0.05, "time in which both serve")
+        both = [after - before for after, before in zip(served(), start, strict=True)]
+        assert both[0] == pytest.approx(2 * both[1])
+        one.goodbye()
+        until(lambda: len(intake.server.peers) == 1, "the goodbye")
+        start = served()
+        until(lambda: served()[1] > start[1] + 0.05, "time in which one serves")
+        alone = [after - before for after, before in zip(served(), start, strict=True)]
+        assert alone[0] == pytest.approx(alone[1])

@@ -311,6 +311,8 @@ def scraped_run(directory: Path, model: Path, **changes: Any) -> tuple[RunDir, l
                 page = parse(scrape(place))
                 drawn = sum(page.get("tandem_rollout_tokens_total", {}).values())
                 whole = page.get("tandem_accepted_tokens_total") == {(): drawn}  # else the heartbeat is still to come
+                trained = {(): learner.telemetry.sampler.trained_tokens}  # counted a moment after the step
+                whole = whole and page["tandem_learner_tokens_total"] == trained
                 return page if whole and page["tandem_learner_step"] == {(): learner.state.step} else None
 
             pages.append(until(shown, "a sample of the step"))
