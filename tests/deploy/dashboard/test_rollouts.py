@@ -235,6 +235,7 @@ def test_an_index_follows_a_journal_byte_by_byte(run: RunDir, journal: Journal) 
         for number in range(len(data)):
             file.write(data[number : number + 1])
             assert len(reader.steps()) == sum(end <= number + 1 for end in ends)
+            assert all(entry.end <= number + 1 for entry in read_index(growing.journal))
     assert [g["id"] for step in (1, 2, 3) for g in reader.groups(step)] == ["0/0", "0/1", "0/2"]
 
 
@@ -323,6 +324,8 @@ def test_metrics_that_were_replaced_are_read_anew(run: RunDir, journal: Journal)
     assert [step["reward"] for step in reader.steps()] == [0.25, 0.5]
     replace_file(run.metrics, '{"step": 1, "reward_mean": 0.25}\n')
     assert [step["reward"] for step in reader.steps()] == [0.25, None]
+    replace_file(run.metrics, "".join(f'{{"step": {step}, "reward_mean": 0.125}}\n' for step in (1, 2, 3)))
+    assert [step["reward"] for step in reader.steps()] == [0.125, 0.125], "also where the new one is longer"
 
 
 # --- tokens as text ---------------------------------------------------------------------------------------------------
