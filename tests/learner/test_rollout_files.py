@@ -94,6 +94,8 @@ def test_after_a_rollback_what_was_written_longest_ago_goes_first(tmp_path: Path
     assert steps_in(tmp_path) == [3, 4, 5, 6]
     with safe_open(tmp_path / "step-00000004.safetensors", framework="numpy") as file:
         assert file.metadata()["branch"] == "1"
+    write(tmp_path, tokenizer, [1, 2], branch=2, keep_steps=4)
+    assert steps_in(tmp_path) == [1, 2, 4, 6]
 
 
 def test_a_full_disk_costs_files_and_is_said_once(
