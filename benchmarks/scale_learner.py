@@ -95,12 +95,15 @@ class Learner:
         groups, tokens = self.accepted()
         names = {self.server.native_id: "intake", self._training.native_id: "consumer"}
         cpu = {"intake": 0.0, "consumer": 0.0, "zmq": 0.0, "other": 0.0}
+        intake_waited = 0.0
         for task in Path("/proc/self/task").iterdir():
             with contextlib.suppress(FileNotFoundError):
                 name = names.get(int(task.name)) or ("zmq" if "ZMQ" in (task / "comm").read_text() else "other")
-                cpu[name] += int((task / "schedstat").read_text().split()[0]) / 1e9
+                ran, waited, _ = map(int, (task / "schedstat").read_text().split())
+                cpu[name] += ran / 1e9
+                intake_waited += waited / 1e9 if name == "intake" else 0.0
         return {
-            "at": time.perf_counter(), "groups": groups, "tokens": tokens, "cpu_s": cpu,
+            "at": time.perf_counter(), "groups": groups, "tokens": tokens, "cpu_s": cpu, "waited_s": intake_waited,
             "rss": psutil.Process().memory_info().rss, "journal": self.journal.end,
             "faults": dict(self._hub.faults.counts), "versions": self._version,
             "reissued": self.server.dispatcher.reissued,
