@@ -12,8 +12,8 @@ For each number of actors, one after the other: nothing to do but heartbeats (`i
 `--tokens-per-s` each (`paced`), every ticket answered at once (`saturating`). `capacity` is groups for a CPU second of
 the learner's whole process: what one core can take in, whether or not the senders can fill it. A group counts when it
 is journaled; how long its acknowledgement takes is measured by the actor that sent it, so it includes the queue.
-Medians over windows, with quartiles. `no core` is the share of the time in which the intake thread had work and no core:
-what of it is not the learner's other threads' says how busy the machine was with something else.
+Medians over windows, with quartiles. `no core` is the share of the time in which the intake thread had work and no
+core: what of it is not the learner's other threads' says how busy the machine was with something else.
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ def print_rows(console: Console, rows: list[dict[str, Any]], tokens_per_s: float
             "groups/s": ("groups_per_s", ".0f"), "tokens/s": ("tokens_per_s", ".0f"),
             "groups per CPU s": ("capacity", ".0f"), "CPU": ("cpu_share", ".3f"), "intake": ("intake_cpu_share", ".3f"),
             "zmq": ("zmq_cpu_share", ".3f"), "no core": ("intake_waiting_share", ".2f"),
-            "actors' CPU": ("actors_cpu_share", ".2f"), "ack p50 ms": ("ack_p50_ms", ".2f"), "p99": ("ack_p99_ms", ".2f"), "RSS MB": ("rss_mb", ".0f"),
+            "actors' CPU": ("actors_cpu_share", ".2f"), "ack p50 ms": ("ack_p50_ms", ".2f"),
+            "p99": ("ack_p99_ms", ".2f"), "RSS MB": ("rss_mb", ".0f"),
         }  # fmt: skip
         if mode == "idle":
             columns = {name: column for name, column in columns.items() if "s/s" not in name and "ack" not in name}

@@ -126,6 +126,7 @@ def make_ticket(ticket_id: TicketId) -> Ticket:
 
 def learn(directory: str, actors: int, keys: bool, fsync: bool, cpu: int | None, pipe: Any) -> None:
     """The learner's process: answers "sample", begins to issue tickets on "train", ends on "end"."""
+    os.setsid()  # Linux schedules sessions as groups: one with 512 actors' threads leaves little to a learner in it
     if cpu is not None:
         os.sched_setaffinity(0, {cpu})
     logging.basicConfig(level=logging.ERROR)  # faults are counted and looked at
