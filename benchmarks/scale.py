@@ -2,18 +2,18 @@
 
 python -m benchmarks.scale [--actors 1,8,64,512] [--ways curve,plain,fsync] [--tokens-per-s 2500]
 
-The learner's process is a real one but for the training: hub, dispatcher and journal in their thread
-(`IntakeServer`), real sockets, a consumer that takes every batch, publishes a version and commits, all in no time. The
-actors are those of `scale_actors.py`: the real protocol over real links, groups of 8 completions of 256 tokens on
-average (log-normal) that are prepared beforehand, with 4 characters of text a token and a prompt of 200 tokens. With
-two cores or more the learner has the first one for all of its threads and the actors have the second, so that the
-senders burn none of its CPU; but on loopback the kernel does a part of receiving in the sender's name.
+The learner's process is a real one but for the training: hub, dispatcher and journal in their thread, real sockets
+(`scale_learner.py`). The actors speak the real protocol over real links (`scale_actors.py`); their groups, of 8
+completions of 256 tokens on average, are prepared beforehand (`scale_groups.py`), so that the senders are not what is
+measured. With two cores or more the learner has the first one for all of its threads and the actors have the second, so
+that they burn none of its CPU; but on loopback the kernel does a part of receiving in the sender's name.
 
 For each number of actors, one after the other: nothing to do but heartbeats (`idle`), groups at the pace of engines of
 `--tokens-per-s` each (`paced`), every ticket answered at once (`saturating`). `capacity` is groups for a CPU second of
 the learner's whole process: what one core can take in, whether or not the senders can fill it. A group counts when it
 is journaled; how long its acknowledgement takes is measured by the actor that sent it, so it includes the queue.
-Medians over windows, with quartiles.
+Medians over windows, with quartiles. `no core` is the share of the time in which the intake thread had work and no
+core: what of it is not the learner's other threads' says how busy the machine was with something else.
 """
 
 from __future__ import annotations
@@ -21,146 +21,30 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.run import machine
-from benchmarks.scale_actors import GROUP_SIZE, MAX_TOKENS, PROMPT, VOCABULARY, act
-from learner.intake.dispatcher import Dispatcher
-from learner.intake.journal import Journal
-from learner.intake.server import IntakeServer
-from learner.intake.source import Interrupted, Source
-from protocol.hub import Hub
-from protocol.keys import load_learner_keys, make_keys
-from protocol.messages import Sampling, Ticket, TicketId, Welcome
-from protocol.sections import WireConfig
-from protocol.weights import layout, make_snapshot
+from benchmarks.scale_actors import act
+from benchmarks.scale_learner import SLOTS, learn
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WAYS = ("curve", "plain", "fsync")
 """curve: as every run is. plain: without keys. fsync: with keys, and a journal that survives the machine."""
-SLOTS = 8
-"""Tickets that an actor works on at once: 64 completions, `actor.max_running`'s default, in groups of 8."""
-LEAST_GROUPS_PER_STEP, MAX_LAG = 512, 4
 PER_PROCESS = 128
-WINDOWS = {"idle": 1, "paced": 3, "saturating": 7}
+WINDOWS = {"idle": 3, "paced": 3, "saturating": 7}
 TIMEOUT_S = 120.0
-
-
-class Learner:
-    """Context manager: the intake of a run without a model, and a thread that takes its batches."""
-
-    def __init__(self, directory: Path, actors: int, keys: bool, fsync: bool, heartbeat_s: float = 1.0) -> None:
-        self.keys = directory / "keys" / "actor.json" if keys else None
-        if keys:
-            make_keys(directory / "keys")
-        self._hub = Hub("127.0.0.1", 0, keys=load_learner_keys(directory / "keys") if keys else None)
-        self.endpoint = self._hub.work_endpoint
-        self.journal = Journal(directory / "groups.journal", fsync)
-        wire = WireConfig(heartbeat_s=heartbeat_s)
-        welcome = Welcome(
-            run=f"scale-{os.getpid()}", model="none", dtype="bfloat16", max_model_len=2_048,
-            bulk=self._hub.bulk_endpoint, news=self._hub.news_endpoint, heartbeat_s=heartbeat_s,
-            dead_after_s=wire.dead_after_s, seed=0, group_size=GROUP_SIZE,
-        )  # fmt: skip
-        dispatcher = Dispatcher(
-            make_ticket, groups_per_step=max(LEAST_GROUPS_PER_STEP, actors * SLOTS), max_lag=MAX_LAG, steps=1_000_000,
-            max_attempts=5,
-        )  # fmt: skip
-        self.server = IntakeServer(self._hub, dispatcher, self.journal, welcome, wire, 120.0, VOCABULARY)
-        self._stopping = threading.Event()
-        self.source = Source(self.server, lambda what, waited: None, self._stopping.is_set)
-        self._version = 0
-        self._training = threading.Thread(target=self._train, name="consumer")
-
-    def __enter__(self) -> Learner:
-        self.server.start()
-        self._publish(0)
-        self._training.start()
-        return self
-
-    def _publish(self, step: int) -> None:
-        """The next version: a number to the dispatcher, a kilobyte to the actors."""
-        self._version += 1
-        self.server.reserved(step, self._version)
-        data = memoryview(self._version.to_bytes(8, "little") * 128)
-        self.server.offer(make_snapshot(self._version, step, layout([("weights", "uint8", (1_024,))]), data))
-
-    def _train(self) -> None:
-        """Steps that take no time."""
-        with contextlib.suppress(Interrupted):
-            while True:
-                self.source.take(TIMEOUT_S)
-                step = self.server.dispatcher.step + 1
-                self._publish(step)
-                self.source.commit(step, self._version)
-
-    def accepted(self) -> tuple[int, int]:
-        """(groups, completion tokens) journaled so far."""
-        with self.server.lock:
-            counts = self.server.dispatcher.counts()
-            groups = sum(counts[state] for state in ("trained", "in_training", "queued"))
-            return groups, self.server.rollout_tokens
-
-    def sample(self) -> dict[str, Any]:
-        """Counters of this moment: what was accepted, CPU seconds by thread, memory."""
-        groups, tokens = self.accepted()
-        names = {self.server.native_id: "intake", self._training.native_id: "consumer"}
-        cpu = {"intake": 0.0, "consumer": 0.0, "zmq": 0.0, "other": 0.0}
-        for task in Path("/proc/self/task").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                name = names.get(int(task.name)) or ("zmq" if "ZMQ" in (task / "comm").read_text() else "other")
-                cpu[name] += int((task / "schedstat").read_text().split()[0]) / 1e9
-        return {
-            "at": time.perf_counter(), "groups": groups, "tokens": tokens, "cpu_s": cpu,
-            "rss": psutil.Process().memory_info().rss, "journal": self.journal.end,
-            "faults": dict(self._hub.faults.counts), "versions": self._version,
-            "crash": repr(self.server.crash or ""),
-        }  # fmt: skip
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        self._training.join(TIMEOUT_S)
-        self.server.stop()
-        self.journal.close()
-
-
-def make_ticket(ticket_id: TicketId) -> Ticket:
-    return Ticket(
-        id=ticket_id, kind="train", attempt=1, prompt_ids=PROMPT, answer="7", grader="integer", group_size=GROUP_SIZE,
-        sampling=Sampling(max_tokens=MAX_TOKENS), seed=ticket_id.index, min_version=1,
-    )  # fmt: skip
-
-
-def _learn(directory: str, actors: int, keys: bool, fsync: bool, cpu: int | None, pipe: Any) -> None:
-    """The learner's process: answers "sample", begins to issue tickets on "train", ends on "end"."""
-    if cpu is not None:
-        os.sched_setaffinity(0, {cpu})
-    logging.basicConfig(level=logging.ERROR)  # faults are counted and looked at
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # as `python -m learner` does
-    before = psutil.Process().memory_info().rss
-    with Learner(Path(directory), actors, keys, fsync) as learner:
-        pipe.send((learner.endpoint, str(learner.keys) if learner.keys else None, before))
-        while (what := pipe.recv()) != "end":
-            if what == "train":
-                learner.source.resume_training()
-            pipe.send(learner.sample())
 
 
 @contextlib.contextmanager
@@ -185,14 +69,14 @@ def _heard(pipe: Any, what: str) -> Any:
     return pipe.recv()
 
 
-def measure(actors: int, way: str, tokens_per_s: float, window_s: float, directory: Path) -> dict[str, Any]:
+def measure(actors: int, way: str, tokens_per_s: float, window_s: float, directory: Path | None) -> dict[str, Any]:
     """All modes for a number of actors."""
     cpus = sorted(os.sched_getaffinity(0))
     first, second = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
     names = [f"actor-{i}" for i in range(actors)]
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory, prefix="scale-")))
-        learner = stack.enter_context(_process(_learn, str(directory), actors, way != "plain", way == "fsync", first))
+        run = stack.enter_context(tempfile.TemporaryDirectory(dir=directory, prefix="scale-"))
+        learner = stack.enter_context(_process(learn, run, actors, way != "plain", way == "fsync", first))
         endpoint, keys, rss_before = _heard(learner, "the learner")
         learner.send("sample")
         rss_alone = _heard(learner, "the learner")["rss"]
@@ -238,29 +122,33 @@ def _window(learner: Any, swarms: list[Any], seconds: float) -> dict[str, Any]:
     assert not after["faults"], f"frames were refused: {after['faults']}"
     wall, groups = after["at"] - before["at"], after["groups"] - before["groups"]
     cpu = {name: after["cpu_s"][name] - before["cpu_s"][name] for name in after["cpu_s"]}
-    latencies = np.array([latency for _, tally, *_ in told for latency in tally["latencies_s"]] or [np.nan])
-    p50, p99 = np.percentile(latencies, [50, 99])
+    latencies = [1e3 * latency for _, tally, *_ in told for latency in tally["latencies_s"]]
+    p50, p99 = np.percentile(latencies, [50, 99]).tolist() if latencies else (None, None)
     return {
         "groups_per_s": groups / wall,
         "tokens_per_s": (after["tokens"] - before["tokens"]) / wall,
         "capacity": groups / sum(cpu.values()),
         "cpu_share": sum(cpu.values()) / wall,
         **{f"{name}_cpu_share": spent / wall for name, spent in cpu.items()},
+        "intake_waiting_share": (after["waited_s"] - before["waited_s"]) / wall,
         "actors_cpu_share": (sum(spent for *_, spent in told) - acted) / wall,
-        "ack_p50_ms": 1e3 * p50,
-        "ack_p99_ms": 1e3 * p99,
+        "ack_p50_ms": p50,
+        "ack_p99_ms": p99,
         "rss_mb": after["rss"] / 1e6,
         "actors_rss_mb": sum(rss for _, _, rss, _ in told) / 1e6,
         "journal_mb_per_s": (after["journal"] - before["journal"]) / wall / 1e6,
         "versions_per_s": (after["versions"] - before["versions"]) / wall,
+        "reissued_per_s": (after["reissued"] - before["reissued"]) / wall,
     }
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figure -> [lower quartile, median, upper quartile] over windows."""
-    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    """Figure -> [lower quartile, median, upper quartile] over the windows that have it."""
+    columns = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
     return {
-        name: statistics.quantiles(values, n=4) if len(values) > 1 else values * 3 for name, values in columns.items()
+        name: statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+        for name, values in columns.items()
+        if values
     }
 
 
@@ -289,8 +177,9 @@ def print_rows(console: Console, rows: list[dict[str, Any]], tokens_per_s: float
         columns = {
             "groups/s": ("groups_per_s", ".0f"), "tokens/s": ("tokens_per_s", ".0f"),
             "groups per CPU s": ("capacity", ".0f"), "CPU": ("cpu_share", ".3f"), "intake": ("intake_cpu_share", ".3f"),
-            "zmq": ("zmq_cpu_share", ".3f"), "actors' CPU": ("actors_cpu_share", ".2f"),
-            "ack p50 ms": ("ack_p50_ms", ".2f"), "p99": ("ack_p99_ms", ".2f"), "RSS MB": ("rss_mb", ".0f"),
+            "zmq": ("zmq_cpu_share", ".3f"), "no core": ("intake_waiting_share", ".2f"),
+            "actors' CPU": ("actors_cpu_share", ".2f"), "ack p50 ms": ("ack_p50_ms", ".2f"),
+            "p99": ("ack_p99_ms", ".2f"), "RSS MB": ("rss_mb", ".0f"),
         }  # fmt: skip
         if mode == "idle":
             columns = {name: column for name, column in columns.items() if "s/s" not in name and "ack" not in name}
@@ -298,7 +187,7 @@ def print_rows(console: Console, rows: list[dict[str, Any]], tokens_per_s: float
         for name in ("actors", "way", *columns):
             table.add_column(name, justify="right")
         for row in rows:
-            cells = [_cell(row[mode][key], form) for key, form in columns.values()]
+            cells = [_cell(row[mode].get(key), form) for key, form in columns.values()]
             table.add_row(str(row["actors"]), row["way"], *cells)
         console.print(table)
     for way, cost in idle_costs(rows).items():
@@ -306,7 +195,9 @@ def print_rows(console: Console, rows: list[dict[str, Any]], tokens_per_s: float
         console.print(f"each further idle actor ({way}): {cpu:.4f} % of a core, {rss:.0f} kB")
 
 
-def _cell(quartiles: list[float], form: str) -> str:
+def _cell(quartiles: list[float] | None, form: str) -> str:
+    if quartiles is None:
+        return ""
     low, median, high = (format(value, form) for value in quartiles)
     return median if low == high else f"{median} ({low}-{high})"
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from benchmarks.scale import Learner, idle_costs
-from benchmarks.scale_actors import GROUP_SIZE, MEAN_TOKENS, Prepared, Swarm, make_groups
+from benchmarks.scale import idle_costs
+from benchmarks.scale_actors import Swarm
+from benchmarks.scale_groups import GROUP_SIZE, MEAN_TOKENS, Prepared, make_groups
+from benchmarks.scale_learner import Learner
 from learner.intake.journal import read_groups
 from protocol import codec
 from protocol.messages import TicketId
