@@ -27,8 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.run import machine
-from benchmarks.scale import RESULTS, TIMEOUT_S, Learner
-from benchmarks.scale_actors import GROUP_SIZE, MEAN_TOKENS, Simulated, Swarm
+from benchmarks.scale import RESULTS, TIMEOUT_S
+from benchmarks.scale_actors import Simulated, Swarm
+from benchmarks.scale_groups import GROUP_SIZE, MEAN_TOKENS
+from benchmarks.scale_learner import Learner
 from learner.intake.source import Interrupted
 from learner.telemetry.advisor import GROWTH, Shares, advise, speedup
 from learner.telemetry.clock import PhaseClock
