@@ -189,9 +189,8 @@ def test_every_panels_query_is_answered(watched: Watched) -> None:
     ],
 )
 def test_a_query_with_a_typo_fails_and_is_named(watched: Watched, before: str, after: str, complaint: str) -> None:
-    (panel,) = [
-        panel for panel in panels(json.loads(FILE.read_text("utf-8"))) if panel["title"] == "Throughput of both sides"
-    ]
+    dashboard = json.loads(FILE.read_text("utf-8"))
+    panel = next(panel for panel in panels(dashboard) if panel["title"] == "Throughput of both sides")
     target = panel["targets"][1]
     assert before in target["expr"]
     target["expr"] = target["expr"].replace(before, after)
