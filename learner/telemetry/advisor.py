@@ -31,7 +31,7 @@ WAITS = 0.1
 RESTS = 0.8
 """Busy share of the actors below which they are said to rest."""
 PAUSES = 0.15
-"""Share of either side's time, for the weights, from which on those are the bottleneck."""
+"""Share of its time that the side which holds the run up spends on weights, from which on these are the bottleneck."""
 GROWTH = 2
 """At most so many times as many actors are advised: what is measured far away from the goal is inexact."""
 SMALLEST_SHARE = 1e-3
@@ -109,7 +109,7 @@ def _passed(first: Sample, last: Sample, actor: str, what: str) -> float:
 def advise(shares: Shares) -> Advice:
     """What these shares mean, in one line, with what a change would bring."""
     n, waiting, busy = shares.actors, shares.waiting, shares.busy
-    if max(shares.publishing, shares.paused) > PAUSES:
+    if (shares.paused if waiting > WAITS else shares.publishing) > PAUSES:
         return _advice("weights", shares, _weights_text(shares))
     if waiting > WAITS:
         useful = math.floor(n * (1 + shares.backlog / max(shares.held, 1.0)) + ROUNDING)

@@ -65,9 +65,11 @@ def test_advice_learner_bound_says_how_many_would_do() -> None:
     assert found.speedup == pytest.approx(1.0)
 
 
-def test_advice_weights_bound_by_either_side() -> None:
-    assert advise(shares(paused=0.2)).side == "weights"
+def test_advice_weights_bound_where_they_hold_up_the_side_that_counts() -> None:
+    assert advise(shares(paused=0.2, waiting=0.3)).side == "weights"
     assert advise(shares(publishing=0.2)).side == "weights"
+    assert advise(shares(paused=0.2, busy=0.5)).side == "learner", "actors have the time"
+    assert advise(shares(publishing=0.2, waiting=0.3)).side == "rollout", "the learner has the time"
 
 
 def test_advice_balanced() -> None:
