@@ -38,8 +38,6 @@ export class Rollouts {
     this.place.replaceChildren(this.message, this.head, this.body);
     this.detail.addEventListener("pointerover", (event) => this.tell(event));
     this.detail.addEventListener("pointerout", hideTip);
-    this.detail.addEventListener("focusin", (event) => this.tell(event));
-    this.detail.addEventListener("focusout", hideTip);
   }
 
   /** What the address says: [step, index], or nothing, which means the newest. */
@@ -206,12 +204,11 @@ export class Rollouts {
     const completion = this.group.completions[Number(span.parentElement.dataset.completion)];
     const index = Number(span.dataset.token);
     const gap = difference(completion, index);
-    const box = span.getBoundingClientRect();
     const exact = (value) => (typeof value === "number" ? value.toFixed(3).replace("-", "−") : NONE);
     showTip(
       [JSON.stringify(completion.tokens[index]), `engine ${exact(completion.logprobs[index])} nats`, `learner ${exact(completion.learner_logprobs[index])} nats`, `ratio ${gap === null ? NONE : short(Math.exp(gap))}`, `version ${completion.versions[index]}, token ${index + 1} of ${completion.tokens.length}${completion.trained[index] ? "" : ", not trained on"}`],
-      event.clientX || box.left,
-      event.clientY || box.bottom,
+      event.clientX,
+      event.clientY,
     );
   }
 
