@@ -39,10 +39,17 @@ class Sample:
     """[T] steps by which the weights that drew each token were behind."""
     reference_logprobs: NDArray[np.float32] | None = None
     """[T] of the reference policy, where the method has one."""
+    place: int = -1
+    """Of its first token among all tokens of the step's groups (`Drawn`); -1: it is of none of them."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """[T] of every token, as `place`."""
+        return np.arange(self.place, self.place + self.num_tokens) if self.place >= 0 else np.full(self.num_tokens, -1)
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,23 @@ class Minibatch:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """The groups that a step was made of, those left out of its rows included: for who looks at them later."""
+
+    ids: tuple[tuple[int, int], ...]
+    """(epoch, index) of each group, in the order of the batch."""
+    lengths: tuple[tuple[int, ...], ...]
+    """Tokens of each completion of each group."""
+    advantages: tuple[tuple[float, ...], ...]
+    """Of each completion of each group."""
+
+    @property
+    def num_tokens(self) -> int:
+        """What `Sample.place` counts."""
+        return sum(sum(group) for group in self.lengths)
+
+
+@dataclass(frozen=True)
 class Batch:
     """One step's worth of updates."""
 
@@ -87,6 +111,8 @@ class Batch:
     """dpo: every row has two samples, the chosen and the rejected one, and is never split."""
     passes: int = 1
     """Times that the minibatches are gone through."""
+    drawn: Drawn | None = None
+    """policy: what it was made of."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +145,8 @@ class PackedBatch:
     """[N] int64: which completion of this microbatch, from 0."""
     sequence_tokens: Tensor
     """[N] int64: trainable tokens of the token's own completion (a completion is never split)."""
+    places: Tensor
+    """[N] int64: which of all tokens of the step's groups; -1: none of them."""
 
     @property
     def num_tokens(self) -> int:
@@ -273,6 +301,7 @@ def pack_lines(lines: Sequence[Line]) -> PackedBatch:
         lag=joined([s.lag for _, s in samples], torch.int64),
         sequence_index=per_token(range(len(samples)), torch.int64),
         sequence_tokens=per_token(trainable.tolist(), torch.int64),
+        places=joined([s.places for _, s in samples], torch.int64),
     )
 
 

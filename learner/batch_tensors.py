@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from learner.batch import Batch, Minibatch, Row, Sample
+from learner.batch import Batch, Drawn, Minibatch, Row, Sample
 
 
 def encode_batch(batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(JSON, tensors) of a batch. Its `stats` stay behind: they are figures for the log."""
     minibatches = [[len(m.rows), m.num_tokens, m.num_sequences] for m in batch.minibatches]
-    head = {"step": batch.step, "loss": batch.loss, "passes": batch.passes, "minibatches": minibatches}
+    head: dict[str, Any] = {"step": batch.step, "loss": batch.loss, "passes": batch.passes, "minibatches": minibatches}
+    if (drawn := batch.drawn) is not None:
+        head["drawn"] = [drawn.ids, drawn.lengths, drawn.advantages]
     return head, encode_rows([row for minibatch in batch.minibatches for row in minibatch.rows])
 
 
@@ -30,7 +32,8 @@ def decode_batch(head: dict[str, Any], tensors: dict[str, Tensor]) -> Batch:
         Minibatch(tuple(next(rows) for _ in range(count)), num_tokens, num_sequences)
         for count, num_tokens, num_sequences in head["minibatches"]
     )
-    return Batch(head["step"], minibatches, {}, head["loss"], head["passes"])
+    drawn = Drawn(*(tuple(map(tuple, part)) for part in head["drawn"])) if "drawn" in head else None
+    return Batch(head["step"], minibatches, {}, head["loss"], head["passes"], drawn)
 
 
 def encode_rows(rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -50,6 +53,7 @@ def encode_rows(rows: Sequence[Row]) -> dict[str, Tensor]:
         "samples": numbers([len(row.samples) for row in rows]),
         "lengths": numbers([sample.num_tokens for sample in samples]),
         "advantages": numbers([sample.advantage for sample in samples], torch.float64),
+        "places": numbers([sample.place for sample in samples]),
         "has_reference": numbers([sample.reference_logprobs is not None for sample in samples], torch.bool),
         "token_ids": joined([sample.token_ids for sample in samples], np.int32),
         "engine_logprobs": joined([sample.engine_logprobs for sample in samples], np.float32),
@@ -78,10 +82,9 @@ def _samples(tensors: dict[str, Tensor]) -> Iterator[Sample]:
     per_token = [_parts(tensors[name], lengths) for name in ("token_ids", "engine_logprobs", "mask", "lag")]
     has_reference = tensors["has_reference"]
     references = iter(_parts(tensors["reference_logprobs"], lengths[has_reference]))
-    for ids, logprobs, mask, lag, advantage, referred in zip(
-        *per_token, tensors["advantages"].tolist(), has_reference.tolist(), strict=True
-    ):
-        yield Sample(ids, logprobs, mask, advantage, lag, next(references) if referred else None)
+    per_sample = [tensors[name].tolist() for name in ("advantages", "has_reference", "places")]
+    for ids, logprobs, mask, lag, advantage, referred, place in zip(*per_token, *per_sample, strict=True):
+        yield Sample(ids, logprobs, mask, advantage, lag, next(references) if referred else None, place)
 
 
 def _parts(flat: Tensor, lengths: Tensor) -> list[Any]:

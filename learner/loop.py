@@ -21,6 +21,7 @@ from typing import Any
 
 import learner.checkpoint as checkpoint
 from learner.actors import Actors, bind, welcome
+from learner.batch import Batch
 from learner.evaluations import Evaluations
 from learner.feed import DpoFeed, Feed, RolloutFeed, SftFeed
 from learner.intake.data import Task, load_task
@@ -34,6 +35,7 @@ from learner.outcome import GuardStop
 from learner.parity import ParityGate
 from learner.publish import Versions
 from learner.ranks import ALONE, Ranks
+from learner.rollout_files import RolloutFiles
 from learner.state import RunState
 from learner.summary import process_totals, run_summary
 from learner.telemetry.telemetry import Telemetry
@@ -77,6 +79,7 @@ class Learner:
         self._restore()
         self.telemetry = Telemetry(recipe, run, lambda: self.state.step, lambda: self.status.text, self.trainer.memory)
         self.actors: Actors | None = None
+        self.rollout_files: RolloutFiles | None = None
 
     # --- resume ---
 
@@ -148,6 +151,8 @@ class Learner:
         self.feed = self._make_feed()
         self.status.set(steps=self.feed.steps)
         self.metrics = MetricsLog(self.run, self.state.step, self.state.branch)
+        if recipe.method in ROLLOUT_METHODS and recipe.metrics.keep_logprobs:
+            self.rollout_files = RolloutFiles(self.run.rollouts, self.tokenizer)
         try:
             if self.actors is None:
                 yield
@@ -156,6 +161,8 @@ class Learner:
                     yield
         finally:
             self.metrics.close()
+            if self.rollout_files:
+                self.rollout_files.close()
 
     def _make_feed(self) -> Feed:
         if self.recipe.method == "sft":
@@ -324,6 +331,7 @@ class Learner:
             figures["version"] = self._publish()
             figures |= self.actors.publisher.figures if self.actors else {}
             source.commit(step + 1, int(figures["version"]))
+            self._keep_logprobs(batch, int(figures["version"]))
             self.state.count_lag(figures)
             self.state.rewards.append(figures["reward_mean"])
             self.state.rollout_tokens += int(figures["completion_tokens"])
@@ -341,6 +349,12 @@ class Learner:
             "wait_s": source.waited_s - waited if source else 0.0,
             "learner_tokens_per_s": figures["tokens"] / train_s,
         }
+
+    def _keep_logprobs(self, batch: Batch, version: int) -> None:
+        """For the browser of rollouts."""
+        logprobs = self.trainer.first_logprobs
+        if self.rollout_files and batch.drawn and logprobs is not None:
+            self.rollout_files.keep(self.state.step, version, self.state.branch, batch.drawn, logprobs)
 
     def _lr(self, step: int) -> float:
         return self.state.lr_scale * lr_at(step, self.recipe.optim, self.feed.steps)

@@ -27,12 +27,20 @@ from learner.ranks import ALONE, Ranks
 from protocol.config import Recipe
 
 MicrobatchLoss = Callable[[PackedBatch, LogprobOutput], tuple[Tensor, losses.Metrics]]
+SeeLogprobs = Callable[[PackedBatch, Tensor], None]
+"""Given each microbatch of this rank once, and [N] the logprobs before the step's first update, without gradient."""
 Share = Sequence[PackedBatch | None]
 """A rank's microbatches; None is a pass that computes nothing, beside one of another rank that does."""
 
 
 def train_step(
-    model: PolicyModel, optimizer: Optimizer, batch: Batch, recipe: Recipe, lr: float, ranks: Ranks = ALONE
+    model: PolicyModel,
+    optimizer: Optimizer,
+    batch: Batch,
+    recipe: Recipe,
+    lr: float,
+    ranks: Ranks = ALONE,
+    see: SeeLogprobs | None = None,
 ) -> dict[str, float]:
     """`batch.passes` passes of one optimizer update for each minibatch. Returns the step's metrics, `batch.stats` too.
 
@@ -44,6 +52,8 @@ def train_step(
 
     Entropy, KL, gap and importance are means over the tokens that were trained on: `trained_token_share` of all. With
     `grpo.skip_zero_advantage` these are the groups that still disagree, so their entropy is above the policy's.
+
+    `see`: for a policy loss, what the importance weights are computed from, at no cost but a reference to it.
 
     All ranks call it with the same batch, and all return the same figures. Raises FloatingPointError, naming step and
     update, before a loss or gradient that is not finite reaches the weights: on all ranks or on none.
@@ -58,9 +68,9 @@ def train_step(
         old = old_logprobs(model, microbatches)
 
     sums: Counter[str] = Counter()
-    for _ in range(batch.passes):
+    for number in range(batch.passes):
         for minibatch, packed, before in zip(minibatches, microbatches, old, strict=True):
-            loss_of = _loss_of(batch, minibatch, before, recipe)
+            loss_of = _loss_of(batch, minibatch, before, recipe, see if number == 0 else None)
             what = f"step {batch.step}, update {int(sums['updates']) + 1}"
             sums.update(update(model, optimizer, packed, loss_of, recipe.optim.max_grad_norm, what, ranks))
     sums["skipped_updates"] = batch.passes * (len(batch.minibatches) - len(minibatches))
@@ -174,13 +184,17 @@ def summarize(sums: Counter[str]) -> dict[str, float]:
 # --- which loss -------------------------------------------------------------------------------------------------------
 
 
-def _loss_of(batch: Batch, minibatch: Minibatch, old: Sequence[Tensor | None], recipe: Recipe) -> MicrobatchLoss:
+def _loss_of(
+    batch: Batch, minibatch: Minibatch, old: Sequence[Tensor | None], recipe: Recipe, see: SeeLogprobs | None
+) -> MicrobatchLoss:
     if batch.loss == "policy":
-        return _policy_loss(minibatch, old, recipe)
+        return _policy_loss(minibatch, old, recipe, see)
     return _sft_loss(minibatch, recipe) if batch.loss == "sft" else _dpo_loss(minibatch, recipe)
 
 
-def _policy_loss(minibatch: Minibatch, old: Iterable[Tensor | None], recipe: Recipe) -> MicrobatchLoss:
+def _policy_loss(
+    minibatch: Minibatch, old: Iterable[Tensor | None], recipe: Recipe, see: SeeLogprobs | None
+) -> MicrobatchLoss:
     grpo = recipe.grpo
     before = iter(old)
 
@@ -188,6 +202,8 @@ def _policy_loss(minibatch: Minibatch, old: Iterable[Tensor | None], recipe: Rec
         learner = next(before)
         if learner is None:
             learner = output.logprobs.detach()
+        if see is not None:
+            see(packed, learner)
         engine_is_proximal = grpo.proximal == "engine"
         importance, outside = packed_losses.importance_weights(
             learner, packed.engine_logprobs, packed.mask, packed.sequence_index,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from learner import checkpoint
 from learner.batch import Batch, PackedBatch, Row
 from learner.batch_tensors import decode_batch, decode_rows, encode_batch, encode_rows
+from learner.first_logprobs import FirstLogprobs
 from learner.model import LogprobOutput, load_model, share_cores
 from learner.optim import Optimizer
 from learner.publish import Publisher
@@ -47,6 +48,8 @@ class Trainer:
         self.model = load_model(model_path, recipe.model, recipe.learner, ranks)
         self.optimizer = Optimizer(self.model, recipe.optim)
         self.reference = Reference(self.model, run.reference)
+        self.first_logprobs: Tensor | None = None
+        """Of the last step, see `FirstLogprobs.of_step`; None if it had no groups, or the recipe does not want them."""
 
     # --- the other ranks ---
 
@@ -91,7 +94,10 @@ class Trainer:
             return self._train(batch, lr)
 
     def _train(self, batch: Batch, lr: float) -> dict[str, float]:
-        return train_step(self.model, self.optimizer, batch, self.recipe, lr, self.ranks)
+        kept = FirstLogprobs() if self.recipe.metrics.keep_logprobs and batch.drawn is not None else None
+        figures = train_step(self.model, self.optimizer, batch, self.recipe, lr, self.ranks, kept)
+        self.first_logprobs = kept.of_step(batch.drawn.num_tokens, self.ranks) if kept and batch.drawn else None
+        return figures
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds on its GPU: "gpu_allocated" by tensors, "gpu_reserved" in all. {} on a CPU."""

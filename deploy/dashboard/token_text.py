@@ -5,12 +5,15 @@ Called by `rollouts.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
 
 MOST_UNFINISHED = 16
 """Tokens in a row that end no character. Characters have four bytes at most: a longer row never becomes one."""
@@ -22,17 +25,19 @@ class TokenText:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._tokenizer: Tokenizer | None = None
+        self._unreadable = False
 
     @property
     def known(self) -> bool:
-        """Whether there is a tokenizer. Raises ValueError for a file that is none."""
-        if self._tokenizer is None and self._path.exists():
+        """Whether there is a tokenizer. A file that cannot be read as one is said once, and counts as none."""
+        if self._tokenizer is None and not self._unreadable and self._path.exists():
             from tokenizers import Tokenizer
 
             try:
                 self._tokenizer = Tokenizer.from_file(str(self._path))
             except Exception as error:  # the library raises nothing narrower
-                raise ValueError(f"{self._path}: found no tokenizer in it: {error}") from None
+                self._unreadable = True
+                log.warning("%s: found no tokenizer in it, ids are shown: %s", self._path, error)
         return self._tokenizer is not None
 
     def text(self, ids: Sequence[int]) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import torch
 
-from learner.batch import Batch, Minibatch, Row
+from learner.batch import Batch, Drawn, Minibatch, Row
 from learner.methods import advantages as estimators
 from learner.methods.kl import kl_k3, sequence_kl
 from learner.methods.rollouts import StepOfVersion, group_row, group_stats
@@ -46,7 +47,11 @@ def make_batch(
     if not groups:
         raise ValueError("groups: found none, expected at least one")
     config = recipe.grpo
-    rows = [group_row(group, [0.0] * len(group.completions), step_of_version, step) for group in groups]
+    places = accumulate((group.num_tokens for group in groups), initial=0)
+    rows = [
+        group_row(group, [0.0] * len(group.completions), step_of_version, step, place)
+        for group, place in zip(groups, places, strict=False)
+    ]
     if config.overlong == "mask":
         rows = [_without_cut(group, row) for group, row in zip(groups, rows, strict=True)]
     if config.max_token_lag >= 0:
@@ -60,7 +65,8 @@ def make_batch(
     size = -(-len(rows) // recipe.optim.minibatches)
     minibatches = tuple(_minibatch(rows[start : start + size], skip) for start in range(0, len(rows), size))
     stats = group_stats(groups, rows, filtered) | _reference_stats(rows)
-    return Batch(step=step, minibatches=minibatches, stats=stats, loss="policy", passes=recipe.optim.epochs)
+    drawn = _drawn(groups, advantages)
+    return Batch(step, minibatches, stats, loss="policy", passes=recipe.optim.epochs, drawn=drawn)
 
 
 def reward_shaping(rows: Sequence[Row], recipe: Recipe) -> list[list[float]]:
@@ -155,6 +161,14 @@ def _without_old(row: Row, max_lag: int) -> Row:
 def _with_advantages(row: Row, advantages: Sequence[float]) -> Row:
     pairs = zip(row.samples, advantages, strict=True)
     return replace(row, samples=tuple(replace(sample, advantage=advantage) for sample, advantage in pairs))
+
+
+def _drawn(groups: Sequence[Group], advantages: Sequence[Sequence[float]]) -> Drawn:
+    return Drawn(
+        ids=tuple((group.id.epoch, group.id.index) for group in groups),
+        lengths=tuple(tuple(completion.num_tokens for completion in group.completions) for group in groups),
+        advantages=tuple(tuple(values) for values in advantages),
+    )
 
 
 def _reference_stats(rows: Sequence[Row]) -> dict[str, float]:

@@ -21,11 +21,14 @@ LAG_TOKENS = "lag_tokens_"
 """Beginning of the figures' names that count the tokens of each lag, in steps: lag_tokens_0, lag_tokens_1, ..."""
 
 
-def group_row(group: Group, advantages: Sequence[float], step_of_version: StepOfVersion, step: int) -> Row:
+def group_row(
+    group: Group, advantages: Sequence[float], step_of_version: StepOfVersion, step: int, place: int = -1
+) -> Row:
     """A group with its advantages and lags, every completion included, in order.
 
     `step_of_version` tells the training steps that a version's weights had seen; `step` is the number of steps finished
-    so far, so a token's lag is step - step_of_version(version). Completions that the grader failed on are masked.
+    so far, so a token's lag is step - step_of_version(version). `place`: of the group's first token among those of all
+    groups, as `Sample.place`. Completions that the grader failed on are masked.
 
     Raises ValueError, naming the ticket, for a group whose buffers or spans make no sense.
     """
@@ -44,7 +47,8 @@ def group_row(group: Group, advantages: Sequence[float], step_of_version: StepOf
             )
         if completion.grader_error:
             mask[part] = False
-        samples.append(Sample(token_ids[part], logprobs[part], mask[part], advantage, lag))
+        known = place + start if place >= 0 else -1
+        samples.append(Sample(token_ids[part], logprobs[part], mask[part], advantage, lag, place=known))
         start += completion.num_tokens
     return Row(group.prompt_ids, tuple(samples), group.temperature)
 

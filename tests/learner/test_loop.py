@@ -118,7 +118,7 @@ def test_sft_without_evaluation_needs_no_actor_and_learns_its_pairs(tmp_path: Pa
     assert finished and len(losses) == 8 * 3  # 6 pairs of operands, each in both orders, by 4
     assert losses[-1] < losses[0] / 2
     assert not run.endpoint.exists() and not run.versions.exists(), "no socket, no version"
-    assert not list(run.journal.parent.iterdir())
+    assert not list(run.journal.parent.iterdir()) and not run.rollouts.exists()
     summary = read_json(run.summary)
     assert (summary["method"], summary["steps"], summary["tickets"]["issued"]) == ("sft", 24, 0)
     assert (run.model / "model.safetensors").exists()

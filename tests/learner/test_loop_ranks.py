@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from learner.loop import Learner
 from protocol.config import Recipe
@@ -63,7 +65,14 @@ def test_grpo_with_warm_start_reference_and_rollback(tmp_path: Path, model: Path
 
         learner.guard.see = seeing  # type: ignore[method-assign, assignment]
 
-    for run in both(recipe, tmp_path, model, collapse_once):
+    runs = both(recipe, tmp_path, model, collapse_once)
+    for path in sorted(runs[0].rollouts.glob("*.safetensors")):
+        one, two = (load_file(run.rollouts / path.name) for run in runs)
+        assert one.keys() == two.keys() and np.isfinite(one["logprobs"]).any()
+        for name, values in one.items():
+            np.testing.assert_allclose(two[name], values, rtol=0, atol=1e-3, err_msg=f"{path.name}: {name}")
+    assert len(list(runs[1].rollouts.glob("*.safetensors"))) == 4
+    for run in runs:
         summary, rows = read_json(run.summary), read_jsonl(run.metrics)
         assert (summary["rollbacks"], summary["branch"], summary["lr_scale"]) == (1, 1, 0.5)
         assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[-1]["branch"] == 1

@@ -17,13 +17,14 @@ import torch
 
 from learner.batch import Batch, Minibatch, Row, pack
 from learner.checkpoint import MOMENTS, WEIGHTS
-from learner.methods import dpo, sft
+from learner.methods import dpo, grpo, sft
+from learner.methods.rollouts import group_row
 from learner.publish import Publisher, Versions, flatten
 from learner.trainer import Trainer
 from protocol.config import Recipe
 from protocol.rundir import RunDir
 from protocol.weights import Snapshot
-from tests.learner.reference import random_rows, tiny_directory
+from tests.learner.reference import make_group, random_rows, tiny_directory
 from tests.ranks_harness import two_ranks
 
 TOLERANCE = 2e-5
@@ -144,6 +145,27 @@ def test_training_has_the_losses_and_gradient_norms_of_one_process(pair: Pair) -
             assert_close(*found, what=f"step {step}, {one.loss}")
             assert found[0]["grad_norm"] > 0.01 and math.isfinite(found[0]["loss"])
             assert found[0]["microbatches"] == MICROBATCHES[one.loss]
+
+
+def test_logprobs_kept_of_a_step_are_those_of_one_process(pair: Pair) -> None:
+    """Two minibatches, two passes; after training, so that the ranks have the reference that the recipe asks for."""
+    optim = pair.recipe.optim.model_copy(update={"minibatches": 2, "epochs": 2})
+    recipe = pair.recipe.model_copy(update={"optim": optim})
+    groups = [make_group([1.0, 0.0, 0.5], [4, 6, 2 + i], index=i, temperature=0.7) for i in (3, 1, 0, 2)]
+    found = []
+    for trainer in pair.both:
+        batch = grpo.make_batch(groups, recipe, lambda version: 0, 3, trainer.with_reference)
+        rows = [group_row(group, [0.0] * 3, lambda version: 0, 3) for group in groups]
+        before = trainer.logprobs(pack(rows), False).logprobs
+        trainer.train(batch, LR)
+        assert trainer.first_logprobs is not None
+        tolerance = TOLERANCE if before.dtype == pair.one.model.publish_dtype else 0.05  # bfloat16: other shapes
+        torch.testing.assert_close(trainer.first_logprobs, before.float(), atol=tolerance, rtol=0)
+        assert (trainer.logprobs(pack(rows), False).logprobs - before).abs().max() > 10 * TOLERANCE
+        found.append(trainer.first_logprobs)
+        trainer.train(sft.make_batch(PAIRS, 4), LR)
+        assert trainer.first_logprobs is None, "demonstrations were not drawn"
+    torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=0)
 
 
 def test_later_version_is_that_of_one_process_but_for_the_order_of_sums(pair: Pair) -> None:
