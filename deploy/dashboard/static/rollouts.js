@@ -124,9 +124,10 @@ export class Rollouts {
   entry(group) {
     const rewards = group.rewards.filter((reward) => reward !== null);
     const mean = rewards.length ? rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length : null;
+    const top = Math.max(1, ...rewards);
     const bars = el("span", { class: "rewards", "aria-hidden": "true" }, ...group.rewards.slice(0, 32).map((reward) => {
       const bar = el("i", {});
-      bar.style.height = `${Math.round(2 + 12 * Math.min(1, Math.max(0, reward ?? 0)))}px`;
+      bar.style.height = `${Math.round(2 + 12 * Math.max(0, (reward ?? 0) / top))}px`;
       return bar;
     }));
     return el("li", { data: { index: String(group.index) } }, el("a", { href: `#rollouts/${this.step}/${group.index}` }, el("span", { class: "prompt-line" }, oneLine(group.prompt)), el("span", { class: "under" }, el("b", {}, short(mean)), bars, el("span", { class: "muted" }, group.actor))));
