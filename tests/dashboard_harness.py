@@ -416,8 +416,8 @@ def screenshots(run: RunDir, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with served(run) as dashboard, browser() as chromium:
         for scheme, name, place, height in (
-            ("light", "dashboard-light", "", 1010),
-            ("dark", "dashboard-rollouts-dark", "#rollouts", 860),
+            ("light", "dashboard-light", "", 1070),
+            ("dark", "dashboard-rollouts-dark", "#rollouts", 900),
         ):
             context = chromium.new_context(viewport={"width": 1280, "height": height}, color_scheme=scheme)
             page = context.new_page()

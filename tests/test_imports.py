@@ -26,6 +26,8 @@ ONLY_IN = {
     "ray": {"actor/cluster.py", "deploy/ray_cluster.py", "deploy/placement.py", "deploy/desk.py", "deploy/doctor.py"},
     "zmq": {f"protocol/{name}.py" for name in ("sockets", "hub", "link", "door", "handshakes", "keys")},
     "msgspec.msgpack": {"protocol/codec.py"},
+    "starlette": {"deploy/dashboard/access.py", "deploy/dashboard/app.py"},
+    "uvicorn": {"deploy/dashboard/server.py"},
     "torch.distributed": {"learner/joining.py", "learner/ranks.py", "learner/sharding.py"},
     "wandb": {"learner/telemetry/wandb_log.py", "deploy/preflight.py"},
     "prometheus_client": {"learner/telemetry/exporter.py", "learner/telemetry/engines.py", "actor/vllm_engine.py"},
@@ -167,6 +169,12 @@ def test_launcher_loads_ray_only_when_it_starts_or_joins_one():
     """Ray reads its token's place when it is loaded: loaded before that is said, it starts without a token."""
     loaded = modules_loaded_by("deploy.cli", "deploy.launch", "deploy.site", "deploy.crew", "deploy.desk")
     assert "ray" not in loaded
+
+
+def test_dashboard_is_light_beside_a_launcher():
+    loaded = modules_loaded_by("deploy.dashboard.server", "deploy.dashboard.command")
+    assert {"uvicorn", "starlette"} <= loaded
+    assert not loaded & HEAVY
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -76,7 +76,8 @@ class History:
         self._recent: deque[tuple[float, dict[str, float]]] = deque()
 
     def see(self, sample: Sample) -> None:
-        """Take in the next sample; one that is not later than the last is left out (the clock was set back)."""
+        """Take in the next sample; one that is not later than the last is known (the file was thinned out), or left out
+        (the clock was set back)."""
         if self.newest is not None and sample.t <= self.newest.t:
             return
         index = len(self.times)
@@ -172,13 +173,13 @@ class History:
     def increase(self, name: str, first: int, last: int) -> float:
         return self._columns[name][last] - self._columns[name][first]
 
-    def is_open(self, name: str, first: int) -> bool:
-        """Whether what a lumpy count did from a sample on is not known yet."""
+    def is_open(self, name: str, last: int) -> bool:
+        """Whether what a lumpy count did up to a sample is not known yet."""
         if name not in LUMPS:
             return False
         grew, before = self._grew[name]
         patience = max(SHORTEST_OVERDUE_S, OVERDUE * (self.times[grew] - self.times[before]))
-        return first >= grew and self.times[-1] - self.times[grew] < patience
+        return last > grew and self.times[-1] - self.times[grew] < patience
 
 
 class Piece:
@@ -193,7 +194,7 @@ class Piece:
 
     def rate(self, name: str) -> float | None:
         """Of a count, a second; None where it is not known yet."""
-        return None if self._history.is_open(name, self._first) else self.grown(name) / self.seconds
+        return None if self._history.is_open(name, self._last) else self.grown(name) / self.seconds
 
     def level(self, name: str) -> float:
         """Mean of a level."""

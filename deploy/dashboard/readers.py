@@ -23,18 +23,11 @@ class Readers:
         self.run = run
         self._lock = threading.Lock()
         self._timeline, self._history = TimelineReader(run.timeline), History()
-        self._replaced = 0
         self._steps = StepsReader(run)
 
     def _read(self) -> History:
-        """Bring the history up to date; from the beginning where the file was thinned out."""
-        samples = self._timeline.new()
-        first = next(samples, None)
-        if self._timeline.replaced != self._replaced:
-            self._replaced, self._history = self._timeline.replaced, History()
-        if first is not None:
-            self._history.see(first)
-        for sample in samples:
+        """Bring the history up to date. Of a file that was thinned out it knows the rest already."""
+        for sample in self._timeline.new():
             self._history.see(sample)
         return self._history
 

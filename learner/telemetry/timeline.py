@@ -65,8 +65,6 @@ class TimelineReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.replaced = 0
-        """How often the file was another one: what was given out before is given out again."""
         self._inode = self._offset = 0
 
     def new(self) -> Iterator[Sample]:
@@ -75,7 +73,6 @@ class TimelineReader:
             with open(self.path, "rb") as file:
                 inode = os.fstat(file.fileno()).st_ino
                 if inode != self._inode:
-                    self.replaced += bool(self._inode)
                     self._inode, self._offset = inode, 0
                 file.seek(self._offset)
                 data = file.read()

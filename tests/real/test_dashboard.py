@@ -61,6 +61,7 @@ def test_the_page_of_a_run_shows_it_and_scales_it(tmp_path: Path) -> None:
         page.screenshot(path=_shots() / "real-run.png", full_page=True)
         page.click("#tab-rollouts")
         sees(lambda: page.locator("#group .tokens span").count() > 0, "tokens")
+        page.screenshot(path=_shots() / "real-rollouts.png", full_page=True)
         assert wrong == []
 
         assert open_to_the_network(command.process.pid) == []

@@ -23,7 +23,7 @@ function trimmed(value) {
   return text.includes(".") && !text.includes("e") ? text.replace(/\.?0+$/, "") : String(Number(text));
 }
 
-export const percent = (value) => (known(value) ? `${value < 0.0995 ? Number((value * 100).toFixed(1)) : Math.round(value * 100)} %` : NONE);
+export const percent = (value) => (known(value) ? `${value < 0.0995 ? Number((value * 100).toFixed(value < 0.00995 ? 2 : 1)) : Math.round(value * 100)} %` : NONE);
 
 export function bytes(value) {
   if (!known(value)) return NONE;

@@ -10,6 +10,7 @@ import { Scale } from "./scale.js";
 const WINDOWS = [["5 min", -300], ["30 min", -1800], ["3 h", -10800], ["all", 0]];
 const POINTS = 240;
 const OF_ACTORS = ["rollout_tokens_per_s", "actors_memory"];
+const LANE_MS = 100;
 const MOST_STEPS = 300; // more are drawn as means of several
 
 const TIME_CHARTS = [
@@ -124,10 +125,9 @@ export class Overview {
   }
 
   async overTime(run, now) {
-    const asked = { since: this.window, points: POINTS };
     const [timeline, lanes] = await Promise.all([
-      get("api/timeline", { ...asked, have: this.have.timeline }),
-      get("api/lanes", { since: this.window, cells: POINTS, have: this.have.lanes }),
+      get("api/timeline", { since: this.window, points: POINTS, have: this.have.timeline }),
+      this.lanesDue() ? get("api/lanes", { since: this.window, cells: POINTS, have: this.have.lanes }) : { unchanged: true },
     ]);
     const why = whyNothing(run, now);
     if (!timeline.unchanged) {
@@ -139,9 +139,14 @@ export class Overview {
       }
     }
     if (!lanes.unchanged) {
-      this.have.lanes = lanes.until ?? 0;
+      [this.have.lanes, this.lanesAt] = [lanes.until ?? 0, performance.now()];
       this.lanes.show(lanes, why);
     }
+  }
+
+  /** Many lanes are looked at less often: they are most of what a round costs the server. */
+  lanesDue() {
+    return !this.have.lanes || performance.now() - this.lanesAt > LANE_MS * (this.lanes.found?.lanes.length ?? 0);
   }
 
   async bySteps(run, now) {

@@ -38,8 +38,6 @@ export class Rollouts {
     this.place.replaceChildren(this.message, this.head, this.body);
     this.detail.addEventListener("pointerover", (event) => this.tell(event));
     this.detail.addEventListener("pointerout", hideTip);
-    this.detail.addEventListener("focusin", (event) => this.tell(event));
-    this.detail.addEventListener("focusout", hideTip);
   }
 
   /** What the address says: [step, index], or nothing, which means the newest. */
@@ -126,9 +124,10 @@ export class Rollouts {
   entry(group) {
     const rewards = group.rewards.filter((reward) => reward !== null);
     const mean = rewards.length ? rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length : null;
+    const top = Math.max(1, ...rewards);
     const bars = el("span", { class: "rewards", "aria-hidden": "true" }, ...group.rewards.slice(0, 32).map((reward) => {
       const bar = el("i", {});
-      bar.style.height = `${Math.round(2 + 12 * Math.min(1, Math.max(0, reward ?? 0)))}px`;
+      bar.style.height = `${Math.round(2 + 12 * Math.max(0, (reward ?? 0) / top))}px`;
       return bar;
     }));
     return el("li", { data: { index: String(group.index) } }, el("a", { href: `#rollouts/${this.step}/${group.index}` }, el("span", { class: "prompt-line" }, oneLine(group.prompt)), el("span", { class: "under" }, el("b", {}, short(mean)), bars, el("span", { class: "muted" }, group.actor))));
@@ -206,12 +205,11 @@ export class Rollouts {
     const completion = this.group.completions[Number(span.parentElement.dataset.completion)];
     const index = Number(span.dataset.token);
     const gap = difference(completion, index);
-    const box = span.getBoundingClientRect();
     const exact = (value) => (typeof value === "number" ? value.toFixed(3).replace("-", "−") : NONE);
     showTip(
       [JSON.stringify(completion.tokens[index]), `engine ${exact(completion.logprobs[index])} nats`, `learner ${exact(completion.learner_logprobs[index])} nats`, `ratio ${gap === null ? NONE : short(Math.exp(gap))}`, `version ${completion.versions[index]}, token ${index + 1} of ${completion.tokens.length}${completion.trained[index] ? "" : ", not trained on"}`],
-      event.clientX || box.left,
-      event.clientY || box.bottom,
+      event.clientX,
+      event.clientY,
     );
   }
 

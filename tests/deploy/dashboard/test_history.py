@@ -56,6 +56,7 @@ def test_what_a_step_under_way_will_bring_is_not_told_as_zero() -> None:
     found = history(*steps).series(0, 215)
     last = dict(zip(found["t"], values(found, "learner_tokens_per_s"), strict=True))
     assert last[200.0] == pytest.approx(20.0)
+    assert set(values(found, "learner_tokens_per_s")[-15:]) == {None}
     assert last[215.0] is None, "the step that began at 200 has not ended"
 
 
@@ -165,3 +166,4 @@ def test_readers_follow_a_timeline_that_grows_and_is_thinned_out(tmp_path: Path)
     found = readers.timeline(0, 100)
     assert set(found["series"]["rollout_tokens_per_s"]) == {30.0}
     assert found["t"] == sorted(set(found["t"]))
+    assert readers._history.times[:20] == [float(t) for t in range(1, 21)], "what was read once is known"

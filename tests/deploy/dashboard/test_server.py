@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from deploy import cli
 from deploy.dashboard import command
 from deploy.dashboard.command import pick_run
 from deploy.dashboard.server import PORT, Dashboard, open_socket
@@ -95,6 +97,16 @@ def test_pick_run_takes_a_name_a_directory_the_running_one_or_the_last(tmp_path:
             pick_run("", tmp_path)
     with pytest.raises(RecipeError, match="no run 'third' under"):
         pick_run("third", tmp_path)
+
+
+def test_a_port_in_use_is_refused_before_a_run_begins(tmp_path: Path) -> None:
+    with open_socket(port=0) as taken:
+        port = str(taken.getsockname()[1])
+        arguments = ["demo", "--runs", str(tmp_path / "runs"), "--dashboard-port", port]
+        result = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(result.exception, RecipeError)
+    assert f"port {port}: Address already in use" in str(result.exception)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_serve_says_the_address_and_ends_with_ctrl_c(run: RunDir) -> None:
