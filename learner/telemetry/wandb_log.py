@@ -62,7 +62,8 @@ class WandbLog:
             settings=settings,
         )
         self._run.define_metric("*", step_metric="step")
-        log.info("Weights & Biases (%s): %s", recipe.metrics.wandb, self._run.url or run.path / "wandb")
+        place = self._run.url if recipe.metrics.wandb == "online" else run.path / "wandb"
+        log.info("Weights & Biases (%s): %s", recipe.metrics.wandb, place)
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
         """A step's figures; those without a value are left out."""
