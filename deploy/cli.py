@@ -234,9 +234,10 @@ def dashboard_command(
     runs: RunsDir = Path("runs"),
 ) -> None:
     """Show a run in the browser, while it goes on or afterwards: throughput, who waits, learning, rollouts, scaling."""
-    from deploy.dashboard.command import pick_run, serve
+    from deploy.dashboard.command import serve
+    from deploy.runs import run_to_look_at
 
-    serve(pick_run(name, runs), host, port, lambda text: console.print(text, soft_wrap=True, highlight=False))
+    serve(run_to_look_at(name, runs), host, port, lambda text: console.print(text, soft_wrap=True, highlight=False))
 
 
 @app.command()

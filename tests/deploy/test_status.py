@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from deploy.runs import run_to_look_at
 from deploy.status import RunWatch, screen, show
 from learner.telemetry.events import note_event
 from learner.telemetry.sample import ActorSample, Advice, Sample
 from learner.telemetry.timeline import Timeline
-from protocol.errors import RecipeError
 from protocol.rundir import RunDir, write_json
 from protocol.scaling import Member, Wish, write_members, write_wish
 
@@ -143,28 +139,3 @@ def test_status_into_a_pipe_is_printed_once_and_ends(run: RunDir) -> None:
     with run.lock("learner"):
         show(run, console)
     assert console.file.getvalue().count("advice") == 1  # type: ignore[attr-defined]
-
-
-# --- which run ---
-
-
-def test_run_to_look_at_is_the_running_one_or_the_last(tmp_path: Path) -> None:
-    runs = []
-    for number, name in enumerate(("a", "b", "c")):
-        run = RunDir(tmp_path / name).create()
-        run.recipe.write_text("")
-        os.utime(run.recipe, (time.time(), BEGAN + (5 if name == "b" else number)))
-        runs.append(run)
-    assert run_to_look_at("", tmp_path).path.name == "b"
-    with runs[2].lock("launcher"):
-        assert run_to_look_at("", tmp_path).path.name == "c"
-        with runs[0].lock("launcher"), pytest.raises(RecipeError, match="2 runs are running, name one: a, c"):
-            run_to_look_at("", tmp_path)
-    assert run_to_look_at("a", tmp_path) == run_to_look_at(str(tmp_path / "a"), tmp_path)
-    with pytest.raises(RecipeError, match=r"found no run .x.; runs under .*: a, b, c"):
-        run_to_look_at("x", tmp_path)
-
-
-def test_run_to_look_at_without_any(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="found no run under"):
-        run_to_look_at("", tmp_path)

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 
 from deploy import cli
 from deploy.dashboard import command
-from deploy.dashboard.command import pick_run
 from deploy.dashboard.server import PORT, Dashboard, open_socket
 from protocol.errors import RecipeError
 from protocol.rundir import RunDir
@@ -82,21 +81,6 @@ def test_a_port_in_use_is_refused_where_it_was_asked_for_and_else_another_is_tak
 def test_hosts_that_are_no_one_address_are_refused(host: str) -> None:
     with pytest.raises(RecipeError, match="--host: found"):
         open_socket(host, 0)
-
-
-def test_pick_run_takes_a_name_a_directory_the_running_one_or_the_last(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no run under"):
-        pick_run("", tmp_path)
-    one, other = make_run(tmp_path, "one"), make_run(tmp_path, "other")
-    os.utime(one.path, (1, 1))
-    assert pick_run("one", tmp_path) == pick_run(str(one.path), Path("nowhere")) == one
-    assert pick_run("", tmp_path) == other
-    with one.lock("launcher"):
-        assert pick_run("", tmp_path) == one
-        with other.lock("launcher"), pytest.raises(RecipeError, match=r"2 runs under .*: one, other"):
-            pick_run("", tmp_path)
-    with pytest.raises(RecipeError, match="no run 'third' under"):
-        pick_run("third", tmp_path)
 
 
 def test_a_port_in_use_is_refused_before_a_run_begins(tmp_path: Path) -> None:
