@@ -8,9 +8,11 @@ and only when it is asked for. `learner/metrics.py` calls it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,4 +91,7 @@ class WandbLog:
             action()
         except Exception as error:
             self._run = None
+            if wandb := sys.modules.get("wandb"):
+                with contextlib.suppress(Exception):
+                    wandb.teardown()  # its process has no more to do
             log.warning("Weights & Biases %s; the run goes on without: %s: %s", fault, type(error).__name__, error)

@@ -10,6 +10,7 @@ import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
@@ -249,6 +250,14 @@ def test_nothing_but_reading_is_allowed(tmp_path: Path) -> None:
             connection.request(method, "/metrics", body=b"x")
             assert connection.getresponse().status == 405
             connection.close()
+
+
+def test_another_page_is_not_found(tmp_path: Path) -> None:
+    with serving(full(), NoEngines(), recipe_of(), RunDir(tmp_path)) as place:
+        assert scrape(place, "/engines") == ""
+        with pytest.raises(HTTPError, match="404") as caught:
+            scrape(place, "/keys/actor.json")
+        assert b"allowed: /metrics, /engines, /" in caught.value.read()
 
 
 def test_idle_clients_are_few(tmp_path: Path) -> None:
