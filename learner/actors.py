@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 LEAVE_TIMEOUT_S = 5.0
 LAUNCHER_KEYS = {"count", "cpus", "drain_s", "wait_for_room", "start_timeout_s", "grader_timeout_s"}
 """Of the recipe's `[actor]`: what engines have no use for."""
+RATE_STEPS = 5
+"""Steps that the rate of the actors is a mean over."""
 MAX_FILTERED_BATCHES = 8
 """`rollout.max_filtered_per_step`'s default, in batches of groups."""
 
@@ -66,9 +69,8 @@ class Actors:
             max_filtered_per_step=limit if rollout.dynamic_sampling else 0,
         )
         self.run, self.versions = run, versions
-        self._worked = (0, 0.0, 0.0)
-        """Tokens, busy and serving seconds of all actors when they were last asked for."""
-        self._tokens_a_busy_s = 0.0
+        self._worked: deque[tuple[float, float, float]] = deque([(0.0, 0.0, 0.0)], maxlen=RATE_STEPS + 1)
+        """Tokens, busy and serving seconds of all actors, as they were when they were asked for."""
         self.journal = Journal(run.journal, fsync=recipe.wire.journal_fsync)
         probes = Probes(recipe.parity_every, recipe.seed, vocabulary, recipe.model.max_model_len)
         scale = ScaleWatch(run, recipe.actor.drain_s)
@@ -142,17 +144,17 @@ class Actors:
 
     def work_since_last(self) -> dict[str, float]:
         """How many actors serve now, which share of their serving time they had requests since this was asked, and how
-        many tokens a second so many draw while they have requests: by what was told since then, or before that."""
+        many tokens a second so many draw while they have requests: over the last RATE_STEPS times, since tokens are
+        told in lumps, of whole groups."""
         with self.server.lock:
             totals = self.server.totals
             now = totals.generated_tokens, totals.busy_s, totals.serving_s
             serving = self.server.serving()
-        tokens, busy, served = (after - before for after, before in zip(now, self._worked, strict=True))
-        self._worked = now
-        if busy > 0:
-            self._tokens_a_busy_s = tokens / busy
+        busy, served = now[1] - self._worked[-1][1], now[2] - self._worked[-1][2]
+        self._worked.append(now)
+        tokens, seconds = now[0] - self._worked[0][0], now[1] - self._worked[0][1]
         return {
-            "rollout_tokens_per_s": serving * self._tokens_a_busy_s,
+            "rollout_tokens_per_s": serving * tokens / seconds if seconds > 0 else 0.0,
             "actors_serving": float(serving),
             "actors_busy_share": min(1.0, busy / served) if served > 0 else 0.0,
         }

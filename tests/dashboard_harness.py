@@ -426,6 +426,10 @@ def screenshots(run: RunDir, directory: Path) -> None:
             if place:
                 page.evaluate("place => { location.hash = place }", place)
                 page.wait_for_selector("#group .tokens")
+                mixed = page.locator("#groups a").filter(has=page.locator("b").get_by_text(re.compile(r"^0\.[3-7]")))
+                if mixed.count():  # where all rewards are the same, nothing was trained on
+                    mixed.first.click()
+                    page.wait_for_selector("#group .tokens")
             page.wait_for_timeout(500)
             page.screenshot(path=directory / f"{name}.png")
             context.close()

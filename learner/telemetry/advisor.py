@@ -155,12 +155,12 @@ class Advisor:
 
     def see(self, sample: Sample) -> Advice | None:
         """The verdict on the last while; None before there is one."""
+        if sample.phase in ("starting", "evaluating", "finished") or not _serving(sample):
+            self._window.clear()
+            return self._last  # of a run that has ended it is the last word
         if self._window and not _comparable(self._window[-1], sample):
             self._window.clear()
             self._last = None
-        if sample.phase in ("starting", "evaluating", "finished"):
-            self._window.clear()
-            return self._last
         self._window.append(sample)
         while sample.t - self._window[0].t > WINDOW_S:
             self._window.popleft()

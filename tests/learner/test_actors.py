@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from types import SimpleNamespace
 
-from learner.actors import Actors
+from learner.actors import RATE_STEPS, Actors
 from learner.intake.server import ActorTotals
 from learner.state import RunState
 from learner.summary import process_totals, run_summary
@@ -16,7 +17,7 @@ def actors_with(totals: ActorTotals, serving: list[int]) -> Actors:
     """What `work_since_last` looks at."""
     actors = object.__new__(Actors)
     actors.server = SimpleNamespace(lock=threading.Lock(), totals=totals, serving=lambda: serving[-1])  # type: ignore[assignment]
-    actors._worked, actors._tokens_a_busy_s = (0, 0.0, 0.0), 0.0
+    actors._worked = deque([(0.0, 0.0, 0.0)], maxlen=RATE_STEPS + 1)
     return actors
 
 
@@ -30,11 +31,15 @@ def test_rate_of_a_step_is_of_the_actors_that_serve_now() -> None:
     }  # fmt: skip
     serving.append(4)
     totals.generated_tokens, totals.busy_s, totals.serving_s = 1600, 14.0, 24.0
-    assert actors.work_since_last()["rollout_tokens_per_s"] == 4 * 150.0, "of the time since the step before"
+    assert actors.work_since_last()["rollout_tokens_per_s"] == 4 * 1600 / 14, "tokens come in lumps: over both steps"
     serving.append(1)
     found = actors.work_since_last()
-    assert found["rollout_tokens_per_s"] == 150.0, "no heartbeat since: by what was told before"
+    assert found["rollout_tokens_per_s"] == 1600 / 14, "no heartbeat since: by what was told before"
     assert found["actors_busy_share"] == 0.0
+    for _ in range(RATE_STEPS):
+        totals.generated_tokens, totals.busy_s = totals.generated_tokens + 50, totals.busy_s + 1.0
+        found = actors.work_since_last()
+    assert found["rollout_tokens_per_s"] == 50.0, "what was long ago no longer counts"
 
 
 def test_rate_of_a_run_is_of_the_actors_that_served_on_average() -> None:

@@ -105,7 +105,8 @@ export class Rollouts {
         this.list.replaceChildren(); // no click goes to a group of the step before
         const { groups } = await get(`api/rollouts/${step}`);
         if (this.step !== step) return;
-        this.list.replaceChildren(...groups.map((group) => this.entry(group)));
+        const own = ownParts(groups.map(({ prompt }) => prompt));
+        this.list.replaceChildren(...groups.map((group, at) => this.entry(group, oneLine(own[at]))));
       }
       for (const entry of this.list.children) entry.firstChild.setAttribute("aria-current", String(Number(entry.dataset.index) === index));
       const group = await get(`api/rollouts/${step}/${index}`);
@@ -121,7 +122,7 @@ export class Rollouts {
     }
   }
 
-  entry(group) {
+  entry(group, prompt) {
     const rewards = group.rewards.filter((reward) => reward !== null);
     const mean = rewards.length ? rewards.reduce((sum, reward) => sum + reward, 0) / rewards.length : null;
     const top = Math.max(1, ...rewards);
@@ -130,7 +131,7 @@ export class Rollouts {
       bar.style.height = `${Math.round(2 + 12 * Math.max(0, (reward ?? 0) / top))}px`;
       return bar;
     }));
-    return el("li", { data: { index: String(group.index) } }, el("a", { href: `#rollouts/${this.step}/${group.index}` }, el("span", { class: "prompt-line" }, oneLine(group.prompt)), el("span", { class: "under" }, el("b", {}, short(mean)), bars, el("span", { class: "muted" }, group.actor))));
+    return el("li", { data: { index: String(group.index) } }, el("a", { href: `#rollouts/${this.step}/${group.index}` }, el("span", { class: "prompt-line" }, prompt), el("span", { class: "under" }, el("b", {}, short(mean)), bars, el("span", { class: "muted" }, group.actor))));
   }
 
   showGroup() {
@@ -232,6 +233,19 @@ function ratioColour(gap) {
 }
 
 const visible = (token) => token.replaceAll("\n", "↵\n") || "▫";
+
+/** What each prompt has of its own: without the whole lines that all of them begin and end with (a chat template's). */
+const ownParts = (prompts) => {
+  if (prompts.length < 2) return prompts;
+  const [first, ...others] = prompts;
+  let [head, tail] = [0, 0];
+  while (head < first.length && others.every((text) => text[head] === first[head])) head += 1;
+  while (tail < first.length - head && others.every((text) => text.at(-1 - tail) === first.at(-1 - tail))) tail += 1;
+  const begin = first.lastIndexOf("\n", head - 1) + 1;
+  const line = tail ? first.indexOf("\n", first.length - tail) : -1;
+  const behind = line < 0 ? 0 : first.length - line;
+  return prompts.map((text) => text.slice(begin, text.length - behind) || text);
+};
 
 const oneLine = (text) => {
   const plain = text.replace(/<\|[^|<>]*\|>/g, " ").replace(/\s+/g, " ").trim();

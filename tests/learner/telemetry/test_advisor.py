@@ -136,5 +136,11 @@ def test_advisor_keeps_its_verdict_during_an_evaluation_and_counts_none_of_it() 
     assert advisor.see(again) == verdict, "too short to be measured"
 
 
+def test_advisor_keeps_its_verdict_when_all_have_gone_home() -> None:
+    before = [sample(t, wait=0.4, busy=1.0) for t in range(30)]
+    verdict = seen(*before)
+    assert seen(*before, sample(31, wait=0.4, busy=1.0, actors=0)) == verdict is not None
+
+
 def test_advisor_without_actors_says_nothing() -> None:
     assert seen(*(sample(t, wait=0.4, busy=1.0, actors=0) for t in range(30))) is None
