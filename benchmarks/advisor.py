@@ -80,6 +80,8 @@ class SleepingLearner(Learner):
 
     def __init__(self, directory: Path, actors: int, train_s: float, max_lag: int) -> None:
         self.clock, self.train_s = PhaseClock(), train_s
+        self.ends: list[float] = []
+        """When each step was committed."""
         super().__init__(directory, actors, keys=False, fsync=False, heartbeat_s=0.25)
         self.server.dispatcher.groups_per_step = GROUPS_PER_STEP
         self.server.dispatcher.max_lag = max_lag
@@ -95,6 +97,7 @@ class SleepingLearner(Learner):
                 step = self.server.dispatcher.step + 1
                 self._publish(step)
                 self.source.commit(step, self._version)
+                self.ends.append(time.monotonic())
         except Interrupted:
             pass
 
@@ -118,18 +121,19 @@ def run(actors: int, seconds: float, train_s: float, max_lag: int) -> dict[str, 
             server=learner.server, source=learner.source, publisher=SimpleNamespace(published=0, bytes_dense=0)
         )
         samples: deque[Sample] = deque([sampler.take()])
+        before = len(learner.ends)
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             time.sleep(0.5)
             samples.append(sampler.take())
         shares = Shares.of(samples)
-        steps = samples[-1].groups - samples[0].groups
+        ends = learner.ends[before:]
         return {
             "actors": actors,
             "shares": shares,
             "advice": advise(shares).text,
             "side": advise(shares).side,
-            "steps_per_s": steps / GROUPS_PER_STEP / (samples[-1].t - samples[0].t),
+            "steps_per_s": (len(ends) - 1) / (ends[-1] - ends[0]),
         }
 
 
