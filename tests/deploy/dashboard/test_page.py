@@ -32,13 +32,26 @@ def chromium() -> Iterator[Any]:
 
 
 Visit = Callable[..., Any]
+Serve = Callable[[RunDir], Dashboard]
 
 
 @pytest.fixture
-def visit(chromium: Any) -> Iterator[Visit]:
-    """visit(dashboard, address=…, ignore=…, **context) opens a page; at the end nothing may have gone wrong on any."""
+def opened() -> Iterator[ExitStack]:
+    """Servers and pages of a test: pages end first, none finds its server gone."""
     with ExitStack() as stack:
-        yield lambda *args, **kwargs: stack.enter_context(visited(chromium, *args, **kwargs))
+        yield stack
+
+
+@pytest.fixture
+def serve(opened: ExitStack) -> Serve:
+    """serve(run) serves a run's page until the end of the test."""
+    return lambda run: opened.enter_context(served(run))
+
+
+@pytest.fixture
+def visit(chromium: Any, opened: ExitStack) -> Visit:
+    """visit(dashboard, address=…, ignore=…, **context) opens a page; at the end nothing may have gone wrong on any."""
+    return lambda *args, **kwargs: opened.enter_context(visited(chromium, *args, **kwargs))
 
 
 @contextmanager
@@ -105,8 +118,9 @@ def fits(page: Any) -> bool:
     return bool(page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"))
 
 
-def test_data_arrive_while_the_page_is_open(tmp_path: Path, visit: Visit) -> None:
-    with made_run(tmp_path / "live") as made, served(made.run) as dashboard:
+def test_data_arrive_while_the_page_is_open(tmp_path: Path, serve: Serve, visit: Visit) -> None:
+    with made_run(tmp_path / "live") as made:
+        dashboard = serve(made.run)
         page = visit(dashboard)
         before = drawn(page).evaluate("canvas => canvas.toDataURL()")
         drawn(page, "reward")
@@ -125,24 +139,25 @@ def test_data_arrive_while_the_page_is_open(tmp_path: Path, visit: Visit) -> Non
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_page_fits_in_both_themes(ended: RunDir, visit: Visit, scheme: str, width: int) -> None:
-    with served(ended) as dashboard:
-        page = visit(dashboard, scheme=scheme, width=width)
-        drawn(page)
-        drawn(page, "reward")
-        light = page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(245, 246, 248)"
-        assert light == (scheme == "light")
-        assert fits(page)
-        picture(page, f"ended-{scheme}-{width}")
-        page.click("#tab-rollouts")
-        page.wait_for_selector("#group .tokens span")
-        assert fits(page)
-        picture(page, f"rollouts-{scheme}-{width}")
+def test_page_fits_in_both_themes(ended: RunDir, serve: Serve, visit: Visit, scheme: str, width: int) -> None:
+    dashboard = serve(ended)
+    page = visit(dashboard, scheme=scheme, width=width)
+    drawn(page)
+    drawn(page, "reward")
+    light = page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(245, 246, 248)"
+    assert light == (scheme == "light")
+    assert fits(page)
+    picture(page, f"ended-{scheme}-{width}")
+    page.click("#tab-rollouts")
+    page.wait_for_selector("#group .tokens span")
+    assert fits(page)
+    picture(page, f"rollouts-{scheme}-{width}")
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-def test_64_actors_fit(tmp_path: Path, visit: Visit, width: int) -> None:
-    with made_run(tmp_path / "wide", 64, 60) as made, served(made.run) as dashboard:
+def test_64_actors_fit(tmp_path: Path, serve: Serve, visit: Visit, width: int) -> None:
+    with made_run(tmp_path / "wide", 64, 60) as made:
+        dashboard = serve(made.run)
         page = visit(dashboard, width=width)
         page.wait_for_selector('#lanes canvas[data-lanes="65"]')
         assert page.locator("#actors tbody tr").count() == 64
@@ -150,69 +165,70 @@ def test_64_actors_fit(tmp_path: Path, visit: Visit, width: int) -> None:
         picture(page, f"64-actors-{width}")
 
 
-def test_an_ended_run_says_so_and_has_no_buttons(ended: RunDir, visit: Visit) -> None:
-    with served(ended) as dashboard:
-        page = visit(dashboard)
-        drawn(page)
-        assert page.inner_text("#phase") == "Finished"
-        assert page.inner_text("#connection") == "not running"
-        assert page.inner_text("#advice-side") == "last advice"
-        assert not page.is_visible("#scale")
-        page.click("#windows >> text=5 min")
-        assert page.get_attribute("#windows >> text=5 min", "aria-pressed") == "true"
-        page.hover("#lanes canvas", position={"x": 600, "y": 10})
-        assert page.inner_text("#tip").startswith("learner: ")
-        page.click("summary")
-        page.wait_for_selector("#shares tbody tr >> text=actor-3")
+def test_an_ended_run_says_so_and_has_no_buttons(ended: RunDir, serve: Serve, visit: Visit) -> None:
+    dashboard = serve(ended)
+    page = visit(dashboard)
+    drawn(page)
+    assert page.inner_text("#phase") == "Finished"
+    assert page.inner_text("#connection") == "not running"
+    assert page.inner_text("#advice-side") == "last advice"
+    assert not page.is_visible("#scale")
+    page.click("#windows >> text=5 min")
+    assert page.get_attribute("#windows >> text=5 min", "aria-pressed") == "true"
+    page.hover("#lanes canvas", position={"x": 600, "y": 10})
+    assert page.inner_text("#tip").startswith("learner: ")
+    page.click("summary")
+    page.wait_for_selector("#shares tbody tr >> text=actor-3")
 
 
-def test_theme_button_overrides_the_system_and_is_remembered(ended: RunDir, visit: Visit) -> None:
-    with served(ended) as dashboard:
-        page = visit(dashboard, scheme="dark")
-        drawn(page)
-        paper = "getComputedStyle(document.documentElement).backgroundColor"
-        assert page.evaluate(paper) == "rgb(14, 17, 21)"
-        page.click("#theme")
-        assert page.evaluate(paper) == "rgb(245, 246, 248)"
-        page.reload()
-        drawn(page)
-        assert page.evaluate(paper) == "rgb(245, 246, 248)", "remembered; and the cookie still lets in"
+def test_theme_button_overrides_the_system_and_is_remembered(ended: RunDir, serve: Serve, visit: Visit) -> None:
+    dashboard = serve(ended)
+    page = visit(dashboard, scheme="dark")
+    drawn(page)
+    paper = "getComputedStyle(document.documentElement).backgroundColor"
+    assert page.evaluate(paper) == "rgb(14, 17, 21)"
+    page.click("#theme")
+    assert page.evaluate(paper) == "rgb(245, 246, 248)"
+    page.reload()
+    drawn(page)
+    assert page.evaluate(paper) == "rgb(245, 246, 248)", "remembered; and the cookie still lets in"
 
 
-def test_rollouts_are_browsed_token_by_token(ended: RunDir, visit: Visit) -> None:
-    with served(ended) as dashboard:
-        page = visit(dashboard)
-        page.click("#tab-rollouts")
-        page.wait_for_selector("#group .tokens span")
-        assert HOSTILE in page.text_content("#group .tokens"), "what a model writes never becomes markup"
-        assert page.locator("#rollouts img").count() == 0
-        assert page.title() == "ended · Tandem"
-        newest = int(page.input_value("#rollouts select"))
-        page.click("[aria-label='Step before']")
-        holds(page, f"document.querySelector('#rollouts select').value === '{newest - 1}'")
-        page.click("#groups li:nth-child(2) a")
-        page.wait_for_selector("#groups li:nth-child(2) a[aria-current='true']")
-        assert page.evaluate("location.hash") == f"#rollouts/{newest - 1}/1"
-        assert page.locator("#group .completion").count() == 8
-        assert re.search(r"answer [01]", page.inner_text("#group .completion .scores"))
+def test_rollouts_are_browsed_token_by_token(ended: RunDir, serve: Serve, visit: Visit) -> None:
+    dashboard = serve(ended)
+    page = visit(dashboard)
+    page.click("#tab-rollouts")
+    page.wait_for_selector("#group .tokens span")
+    assert HOSTILE in page.text_content("#group .tokens"), "what a model writes never becomes markup"
+    assert page.locator("#rollouts img").count() == 0
+    assert page.title() == "ended · Tandem"
+    newest = int(page.input_value("#rollouts select"))
+    page.click("[aria-label='Step before']")
+    holds(page, f"document.querySelector('#rollouts select').value === '{newest - 1}'")
+    page.click("#groups li:nth-child(2) a")
+    page.wait_for_selector("#groups li:nth-child(2) a[aria-current='true']")
+    assert page.evaluate("location.hash") == f"#rollouts/{newest - 1}/1"
+    assert page.locator("#group .completion").count() == 8
+    assert re.search(r"answer [01]", page.inner_text("#group .completion .scores"))
 
-        page.click("[data-mode='version']")
-        versions = "new Set([...document.querySelectorAll('.tokens span')].map(span => span.dataset.version)).size"
-        assert page.evaluate(versions) >= 2
-        assert page.inner_text("#token-legend").startswith("version ")
-        picture(page, "rollouts-versions")
+    page.click("[data-mode='version']")
+    versions = "new Set([...document.querySelectorAll('.tokens span')].map(span => span.dataset.version)).size"
+    assert page.evaluate(versions) >= 2
+    assert page.inner_text("#token-legend").startswith("version ")
+    picture(page, "rollouts-versions")
 
-        page.click("[data-mode='ratio']")
-        coloured = "[...document.querySelectorAll('.tokens span')].filter(span => span.style.backgroundColor).length"
-        trained = page.evaluate("document.querySelectorAll('.tokens span:not(.untrained)').length")
-        assert (page.evaluate(coloured) > 0) == (trained > 0)
-        page.hover("#group .tokens span:nth-child(3)")
-        tip = page.inner_text("#tip")
-        assert re.search(r"^\".*\"\nengine −\d\.\d{3} nats\nlearner .*\nratio .*\nversion \d+, token 3 of \d+", tip)
+    page.click("[data-mode='ratio']")
+    coloured = "[...document.querySelectorAll('.tokens span')].filter(span => span.style.backgroundColor).length"
+    trained = page.evaluate("document.querySelectorAll('.tokens span:not(.untrained)').length")
+    assert (page.evaluate(coloured) > 0) == (trained > 0)
+    page.hover("#group .tokens span:nth-child(3)")
+    tip = page.inner_text("#tip")
+    assert re.search(r"^\".*\"\nengine −\d\.\d{3} nats\nlearner .*\nratio .*\nversion \d+, token 3 of \d+", tip)
 
 
-def test_scale_buttons_leave_wishes(tmp_path: Path, visit: Visit) -> None:
-    with made_run(tmp_path / "scaled") as made, served(made.run) as dashboard:
+def test_scale_buttons_leave_wishes(tmp_path: Path, serve: Serve, visit: Visit) -> None:
+    with made_run(tmp_path / "scaled") as made:
+        dashboard = serve(made.run)
         page = visit(dashboard)
         page.click("#scale-more")
         holds(page, "document.getElementById('scale-state').textContent.includes('2 → 3 actors')")
@@ -230,24 +246,25 @@ def test_scale_buttons_leave_wishes(tmp_path: Path, visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("end", ["#token=wrong", ""])
-def test_without_the_right_token_nothing_is_shown(ended: RunDir, visit: Visit, end: str) -> None:
-    with served(ended) as dashboard:
-        page = visit(dashboard, address=dashboard.address.split("#")[0] + end, ignore="401")
-        holds(page, "document.getElementById('connection').textContent === 'no access'")
-        assert "#token=" in page.inner_text("#notice")
-        assert "ended" not in page.inner_text("body")
-        assert "token" not in page.evaluate("location.href")
+def test_without_the_right_token_nothing_is_shown(ended: RunDir, serve: Serve, visit: Visit, end: str) -> None:
+    dashboard = serve(ended)
+    page = visit(dashboard, address=dashboard.address.split("#")[0] + end, ignore="401")
+    holds(page, "document.getElementById('connection').textContent === 'no access'")
+    assert "#token=" in page.inner_text("#notice")
+    assert "ended" not in page.inner_text("body")
+    assert "token" not in page.evaluate("location.href")
 
 
-def test_the_token_leaves_the_address_and_no_script_sees_the_cookie(ended: RunDir, visit: Visit) -> None:
-    with served(ended) as dashboard:
-        page = visit(dashboard)
-        drawn(page)
-        assert page.evaluate("[location.hash, document.cookie]") == ["", ""]
+def test_the_token_leaves_the_address_and_no_script_sees_the_cookie(ended: RunDir, serve: Serve, visit: Visit) -> None:
+    dashboard = serve(ended)
+    page = visit(dashboard)
+    drawn(page)
+    assert page.evaluate("[location.hash, document.cookie]") == ["", ""]
 
 
-def test_a_lost_connection_is_said_and_found_again(tmp_path: Path, visit: Visit) -> None:
-    with made_run(tmp_path / "lost") as made, served(made.run) as dashboard:
+def test_a_lost_connection_is_said_and_found_again(tmp_path: Path, serve: Serve, visit: Visit) -> None:
+    with made_run(tmp_path / "lost") as made:
+        dashboard = serve(made.run)
         page = visit(dashboard, ignore=OFFLINE)
         drawn(page)
         page.context.set_offline(True)
@@ -261,8 +278,9 @@ def test_a_lost_connection_is_said_and_found_again(tmp_path: Path, visit: Visit)
         assert not page.is_visible("#notice")
 
 
-def test_a_hidden_page_asks_for_nothing_until_it_is_seen_again(tmp_path: Path, visit: Visit) -> None:
-    with made_run(tmp_path / "hidden") as made, served(made.run) as dashboard:
+def test_a_hidden_page_asks_for_nothing_until_it_is_seen_again(tmp_path: Path, serve: Serve, visit: Visit) -> None:
+    with made_run(tmp_path / "hidden") as made:
+        dashboard = serve(made.run)
         page = visit(dashboard)
         drawn(page)
         page.evaluate("Object.defineProperty(document, 'hidden', {get: () => window.unseen ?? true})")
@@ -286,9 +304,10 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("name", list(EMPTY))
-def test_what_is_not_there_is_explained(tmp_path: Path, visit: Visit, name: str) -> None:
+def test_what_is_not_there_is_explained(tmp_path: Path, serve: Serve, visit: Visit, name: str) -> None:
     options, no_time, no_rollouts = EMPTY[name]
-    with made_run(tmp_path / name, **options) as made, served(made.run) as dashboard:
+    with made_run(tmp_path / name, **options) as made:
+        dashboard = serve(made.run)
         page = visit(dashboard)
         page.wait_for_selector("#tiles .tile")
         if no_time:
