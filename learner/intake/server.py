@@ -368,6 +368,7 @@ class IntakeServer(threading.Thread):
             self.totals.restarted += before is not None
             if before is not None:
                 self.known.replace(hello.actor, before)
+                self.probes.gone(before)  # it will not answer, and would keep everybody else from being asked
                 log.warning("%s is back as incarnation %s; %d leases go back", hello.actor, hello.incarnation, lost)
             else:
                 log.info("%s joined from %s", hello.actor, hello.host or "somewhere", extra={"event": "actor"})

@@ -545,6 +545,22 @@ def test_actor_that_left_is_not_waited_for_with_a_snapshot(tmp_path: Path) -> No
         assert not intake.server.probes._pending
 
 
+def test_actor_killed_before_its_answer_keeps_nobody_from_being_probed(tmp_path: Path) -> None:
+    """Its next incarnation is there long before its silence is noticed."""
+    with probing(tmp_path) as intake, Puppet(intake.address) as puppet:
+        leased(intake, puppet, 1)
+        puppet.beat()
+        puppet.next(Probe)
+        intake.publish(1)
+        puppet.incarnation = "p2"
+        puppet.connect()
+        puppet.hello(version=0)
+        puppet.next(Welcome)
+        puppet.beat(version=2)
+        (probe,) = puppet.next(Probe)
+        assert probe.version == 2
+
+
 def test_run_without_probes_waits_for_none(tmp_path: Path) -> None:
     with Intake(tmp_path) as intake:
         assert intake.source.wait_for_probe(0.01)
