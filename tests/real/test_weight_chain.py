@@ -34,6 +34,14 @@ pytestmark = pytest.mark.real_engine
 VERSIONS = 10
 
 
+@pytest.fixture(autouse=True)
+def float32_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are in bfloat16, both sides compute with them in float32, also where the CPU has instructions for
+    bfloat16: there the two sides' rounding would hide what is looked for."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("learner.model.FAST_BF16_CPU", ())
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> PolicyModel:
     path = make_tiny_model(tmp_path / "tiny", tied=True)
