@@ -17,14 +17,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from deploy.dashboard.jsonl_tail import JsonlTail
 from deploy.progress import describe_phase, evals_line, minutes, sparkline, step_bar
-from learner.telemetry.advisor import SERVING
 from learner.telemetry.events import read_events
 from learner.telemetry.rates import Rates, lately, over_time
-from learner.telemetry.sample import ActorSample, Sample
+from learner.telemetry.sample import SERVING, ActorSample, Sample
 from learner.telemetry.timeline import TimelineReader
 from protocol.config import Recipe, load_recipe
-from protocol.rundir import RunDir, read_json, read_jsonl
+from protocol.rundir import RunDir, read_json
 from protocol.scaling import Member, read_members, read_wish
 
 EVERY_S = 1.0
@@ -60,14 +60,17 @@ class RunWatch:
         self.run = run
         self.recipe: Recipe = load_recipe(run.recipe)
         self.samples: deque[Sample] = deque(maxlen=KEPT_SAMPLES)
-        self._timeline = TimelineReader(run.timeline)
+        self.rows: list[dict[str, Any]] = []
+        """Of metrics.jsonl."""
+        self._timeline, self._metrics = TimelineReader(run.timeline), JsonlTail(run.metrics)
         self.look()
 
     def look(self) -> None:
         """Read what is new."""
         self.samples.extend(self._timeline.new())
         self.status: dict[str, Any] = read_json(self.run.status) or {}
-        self.rows: list[dict[str, Any]] = read_jsonl(self.run.metrics)
+        rows, replaced = self._metrics.new()
+        self.rows = rows if replaced else [*self.rows, *rows]
         self.events = read_events(self.run.events, SHOWN_EVENTS)
         self.members: dict[str, Member] = {member.name: member for member in read_members(self.run)}
         wish = read_wish(self.run)

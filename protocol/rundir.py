@@ -235,6 +235,32 @@ def read_jsonl(path: Path) -> list[Any]:
     return rows
 
 
+class LineTail:
+    """The lines that come to a file, also where its writer replaces it. Not for several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._inode = self._offset = 0
+
+    def new(self) -> tuple[list[bytes], bool]:
+        """(lines since the last call, whether the file is another one, so that what was read before is void).
+
+        A torn last line waits for its rest."""
+        try:
+            with open(self.path, "rb") as file:
+                found = os.fstat(file.fileno())
+                replaced = found.st_ino != self._inode or found.st_size < self._offset
+                if replaced:
+                    self._inode, self._offset = found.st_ino, 0
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return [], False
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return whole.splitlines(), replaced
+
+
 def cut_torn_line(path: Path) -> None:
     """Cut what follows the last line end of a file that is to be appended to: the writer died in the middle of it."""
     if path.exists():

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from deploy.dashboard.lanes import Lanes
-from learner.telemetry.sample import LEARNER_PHASES, ActorSample, Sample
+from learner.telemetry.sample import LEARNER_PHASES, SERVING, ActorSample, Sample
 
 RECENT_S = 20.0
 """An actor's tokens/s in the table are over so long."""
@@ -24,7 +24,6 @@ interval of the last two has passed: then it stands still."""
 SHORTEST_OVERDUE_S = 10.0
 SMOOTH = 5
 """A point is the mean over so many distances between points: a step's rhythm would hide what it is about."""
-SERVING = ("generating", "updating", "waiting", "draining")
 
 LUMPS = ("rollout_tokens", "trained_tokens", "groups", "weights_bytes")
 """Counts that grow with each step, heartbeat, group or version: spread over the time since they grew last."""
@@ -38,7 +37,7 @@ LEVELS = (
 def levels_of(sample: Sample) -> dict[str, float]:
     """What is so at the moment of a sample, by the names of `LEVELS`."""
     there = [actor for actor in sample.actors.values() if actor.state != "gone"]
-    serving = [actor for actor in there if actor.state in SERVING]
+    serving = [actor for actor in there if actor.state in (*SERVING, "draining")]
     return {
         "queued": sample.tickets.get("queued", 0),
         "leased": sample.tickets.get("leased", 0),

@@ -1,38 +1,27 @@
-"""What came to a JSONL file since the last look, also where the writer replaces the file. Called by `rollouts.py`."""
+"""What came to a JSONL file since the last look. Called by `rollouts.py`, `steps.py` and `deploy/status.py`."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from protocol.rundir import LineTail
 
 
 class JsonlTail:
     """Not for several threads."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._inode = self._offset = 0
+        self._lines = LineTail(path)
 
     def new(self) -> tuple[list[dict[str, Any]], bool]:
         """(rows since the last call, whether the file is another one, so that what was read before is void).
 
         A torn last line waits for its rest; other lines that are no JSON are left out."""
-        try:
-            with open(self.path, "rb") as file:
-                found = os.fstat(file.fileno())
-                replaced = found.st_ino != self._inode or found.st_size < self._offset
-                if replaced:
-                    self._inode, self._offset = found.st_ino, 0
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return [], False
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
+        lines, replaced = self._lines.new()
         rows = []
-        for line in whole.splitlines():
+        for line in lines:
             try:
                 rows.append(json.loads(line))
             except ValueError:

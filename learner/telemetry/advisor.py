@@ -21,7 +21,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from learner.telemetry.sample import ActorSample, Advice, Sample
+from learner.telemetry.sample import SERVING, ActorSample, Advice, Sample
 
 WINDOW_S = 120.0
 """How far back is looked at most."""
@@ -37,7 +37,6 @@ GROWTH = 2
 SMALLEST_SHARE = 1e-3
 ROUNDING = 0.1
 """An actor more is not advised for less than this share of its work."""
-SERVING = ("generating", "updating", "waiting")
 
 
 def load(actors: float, busy: float, waiting: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from learner.telemetry.sample import ActorSample, Sample
+from learner.telemetry.sample import ActorSample, Sample, parts_of_serving
 
 NEVER = ActorSample("gone")
 
@@ -49,8 +49,7 @@ class Rates:
             sum(grown(getattr(old, what), getattr(new, what)) for old, new in same.values())
             for what in ("serving_s", "busy_s", "paused_s")
         )
-        generating = max(0.0, busy - paused)
-        spent = {"generating": generating, "updating": paused, "waiting": max(0.0, served - generating - paused)}
+        spent = parts_of_serving(served, busy, paused)
         return cls(
             seconds=seconds,
             groups=grown(before.groups, now.groups) / seconds,

@@ -13,6 +13,8 @@ import msgspec
 ActorState = Literal["starting", "generating", "updating", "waiting", "draining", "gone"]
 LearnerPhase = Literal["starting", "waiting", "training", "publishing", "evaluating", "saving", "finished", "other"]
 ACTOR_STATES: tuple[ActorState, ...] = ("starting", "generating", "updating", "waiting", "draining", "gone")
+SERVING: tuple[ActorState, ...] = ("generating", "updating", "waiting")
+"""States of an actor that takes tickets."""
 LEARNER_PHASES: tuple[LearnerPhase, ...] = (
     "starting", "waiting", "training", "publishing", "evaluating", "saving", "finished", "other",
 )  # fmt: skip
@@ -113,3 +115,9 @@ class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
     memory: dict[str, int] = {}
     """"resident", "gpu_allocated", "gpu_reserved" -> bytes of the learner's first process."""
     advice: Advice | None = None
+
+
+def parts_of_serving(serving_s: float, busy_s: float, paused_s: float) -> dict[str, float]:
+    """State in `SERVING` -> seconds in it. The three are of two clocks, so the parts are cut to fit the whole."""
+    generating = max(0.0, busy_s - paused_s)
+    return {"generating": generating, "updating": paused_s, "waiting": max(0.0, serving_s - generating - paused_s)}

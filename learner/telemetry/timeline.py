@@ -6,14 +6,13 @@ run keeps its whole length with coarser steps. Since samples hold absolute count
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from learner.telemetry.sample import Sample
-from protocol.rundir import cut_torn_line, replace_file
+from protocol.rundir import LineTail, cut_torn_line, replace_file
 
 MAX_BYTES = 32 << 20
 SHORTEST_S = 0.2
@@ -64,23 +63,11 @@ class TimelineReader:
     """What is in the file, and what comes to it. Not for several threads."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._inode = self._offset = 0
+        self._lines = LineTail(path)
 
     def new(self) -> Iterator[Sample]:
         """Samples since the last call; all of them again after the file was replaced: it was thinned out."""
-        try:
-            with open(self.path, "rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                if inode != self._inode:
-                    self._inode, self._offset = inode, 0
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
+        for line in self._lines.new()[0]:
             try:
                 yield _decoder.decode(line)
             except msgspec.MsgspecError:

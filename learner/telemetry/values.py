@@ -9,7 +9,15 @@ import math
 from collections.abc import Mapping
 
 from learner.telemetry.registry import METRICS
-from learner.telemetry.sample import ACTOR_STATES, CONNECTING, LEARNER_PHASES, ActorSample, Sample
+from learner.telemetry.sample import (
+    ACTOR_STATES,
+    CONNECTING,
+    LEARNER_PHASES,
+    SERVING,
+    ActorSample,
+    Sample,
+    parts_of_serving,
+)
 
 Values = dict[tuple[str, ...], float]
 """Values of the metric's labels, in their order -> value."""
@@ -57,9 +65,7 @@ def _of_intake(sample: Sample) -> dict[str, Values]:
     tickets = sample.tickets
     found: dict[str, Values] = {
         "tandem_actors_connected": {(): sum(actor.state != "gone" for actor in sample.actors.values())},
-        "tandem_actors_serving": {
-            (): sum(actor.state in ("generating", "updating", "waiting") for actor in sample.actors.values())
-        },
+        "tandem_actors_serving": {(): sum(actor.state in SERVING for actor in sample.actors.values())},
         "tandem_actors_started_total": {(): sample.started},
         "tandem_actor_restarts_total": {(): sample.restarted},
         "tandem_groups_accepted_total": {(): sample.groups},
@@ -101,8 +107,9 @@ def has_counts(actor: ActorSample) -> bool:
 
 
 def _of_actor(actor: ActorSample) -> dict[str, Values]:
+    spent = parts_of_serving(actor.serving_s, actor.busy_s, actor.paused_s)
     found: dict[str, Values] = {
-        "tandem_actor_seconds_total": {(state,): seconds for state, seconds in _seconds(actor).items()},
+        "tandem_actor_seconds_total": {(state,): seconds for state, seconds in spent.items()},
         "tandem_rollout_tokens_total": {(): actor.tokens},
         "tandem_actor_running_completions": {(): actor.running},
         "tandem_actor_tickets_held": {(): actor.held},
@@ -118,13 +125,6 @@ def _of_actor(actor: ActorSample) -> dict[str, Values]:
     if actor.swaps > 1:  # the first load has nothing to pause
         found["tandem_weight_pause_seconds"] = {(): actor.pause_s}
     return found
-
-
-def _seconds(actor: ActorSample) -> dict[str, float]:
-    """State -> seconds in it while the actor served. Of two clocks, so the parts are cut to fit the whole."""
-    generating = max(0.0, actor.busy_s - actor.paused_s)
-    waiting = max(0.0, actor.serving_s - generating - actor.paused_s)
-    return {"generating": generating, "updating": actor.paused_s, "waiting": waiting}
 
 
 def occupancy(before: ActorSample | None, now: ActorSample) -> float | None:
