@@ -5,8 +5,6 @@ Shows no file whole but the recipe; nothing of `keys/` is ever opened. Called by
 
 from __future__ import annotations
 
-import json
-import os
 import time
 import tomllib
 from typing import Any
@@ -15,13 +13,13 @@ import msgspec
 
 from deploy.dashboard.history import History
 from deploy.progress import describe_phase
+from learner.telemetry.events import read_events
 from learner.telemetry.sample import Sample
 from protocol.rundir import RunDir, read_json
 from protocol.scaling import Member, Wish, read_members, read_wish
 
 EVENTS = 100
 """So many of the newest are shown."""
-TAIL_BYTES = 64 << 10
 SHOWN_RECIPE = (
     "seed", "rollout.groups_per_step", "rollout.group_size", "rollout.max_tokens", "rollout.temperature",
     "rollout.max_lag", "task.name", "optim.lr", "actor.engine",
@@ -73,7 +71,7 @@ def present(run: RunDir, history: History) -> dict[str, Any]:
         "tickets": newest.tickets if newest else {},
         "dropped": newest.dropped if newest else {},
         "restarted": newest.restarted if newest else 0,
-        "events": last_events(run),
+        "events": read_events(run.events, EVENTS)[::-1],
         "summary": _read(run, "summary"),
     }
 
@@ -111,27 +109,6 @@ def actor_rows(history: History, members: list[Member]) -> list[dict[str, Any]]:
             }  # fmt: skip
         rows.append(row)
     return rows
-
-
-def last_events(run: RunDir) -> list[dict[str, Any]]:
-    """The newest events, newest first, however long the file is: [{"t", "kind", "text"}]."""
-    try:
-        with open(run.events, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return []
-    whole = lines[1 if size > TAIL_BYTES else 0 : -1]
-    return [event for line in reversed(whole[-EVENTS:]) if (event := _event(line)) is not None]
-
-
-def _event(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-        return {"t": float(row["t"]), "kind": str(row["kind"]), "text": str(row["text"])}
-    except (ValueError, KeyError, TypeError):
-        return None
 
 
 def _read(run: RunDir, name: str) -> dict[str, Any] | None:

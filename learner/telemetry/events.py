@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from protocol.rundir import read_jsonl
-
 PACKAGES = ("learner", "protocol")
 MAX_CHARACTERS = 500
+TAIL_BYTES = 64 << 10
 
 
 def note_event(path: Path, kind: str, text: str) -> None:
@@ -33,8 +32,27 @@ def note_event(path: Path, kind: str, text: str) -> None:
 
 
 def read_events(path: Path, last: int = 0) -> list[dict[str, Any]]:
-    """Events, oldest first; with `last` only so many of the newest."""
-    return read_jsonl(path)[-last:]
+    """Events, oldest first; with `last` only so many of the newest, out of the end of the file, however long it is.
+
+    What is no event (torn by a crash) is left out."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            begin = max(0, size - TAIL_BYTES) if last else 0
+            file.seek(begin)
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    whole = lines[1 if begin else 0 : -1]
+    return [event for line in whole[-last:] if (event := _event(line)) is not None]
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+        return {"t": float(row["t"]), "kind": str(row["kind"]), "text": str(row["text"])}
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 class EventLog(logging.Handler):
