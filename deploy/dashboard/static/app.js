@@ -21,7 +21,8 @@ async function poll() {
   page.asking = true;
   try {
     page.run ??= await firstCard();
-    page.now = await get("api/now");
+    const asked = performance.now();
+    page.now = { ...(await get("api/now")), asked };
     if (view() === "rollouts") await rollouts.update(page.run, page.now);
     else await overview.update(page.run, page.now);
     overview.header(page.run, page.now);
@@ -60,9 +61,11 @@ function connection() {
     ? ["lost", "no access"]
     : page.lostSince
       ? ["lost", `connection lost, since ${clock(page.lostSince)}`]
-      : page.now?.alive
-        ? ["live", "live"]
-        : ["ended", "not running"];
+      : !page.now
+        ? ["ended", "connecting"]
+        : page.now.alive
+          ? ["live", "live"]
+          : ["ended", "not running"];
   if (mark.textContent !== text) mark.textContent = text;
   mark.dataset.state = name;
   document.body.classList.toggle("lost", Boolean(page.lostSince));

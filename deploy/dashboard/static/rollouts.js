@@ -146,6 +146,7 @@ export class Rollouts {
     this.versions = [...new Set(group.completions.flatMap(({ versions }) => versions))].sort((a, b) => a - b);
     this.detail.replaceChildren(head, el("div", { class: "completions" }, ...group.completions.map((completion, number) => this.completion(completion, number))));
     this.colour(this.mode);
+    this.detail.dataset.shown = `${this.step}/${this.index}`;
   }
 
   completion(completion, number) {

@@ -10,6 +10,7 @@ export class Scale {
   constructor() {
     this.wanted = null;
     this.said = "";
+    [this.asking, this.answered, this.turn] = [0, 0, Promise.resolve()];
     this.number = byId("scale-number");
     byId("scale-less").addEventListener("click", () => this.wish(this.wanted - 1));
     byId("scale-more").addEventListener("click", () => this.wish(this.wanted + 1));
@@ -19,19 +20,28 @@ export class Scale {
     });
   }
 
-  async wish(count) {
+  /** Ask for so many actors, after what was asked for before. */
+  wish(count) {
     if (!Number.isInteger(count) || count < 0 || count > LARGEST) {
       this.said = `expected a whole number from 0 to ${LARGEST}`;
-    } else {
-      try {
-        const { before, actors } = await post("api/scale", { actors: count });
-        this.said = `asked for: ${before} → ${plural(actors, "actor")}`;
-        this.wanted = actors;
-        this.number.value = String(actors);
-      } catch (error) {
-        this.said = `not done: ${error.message}`;
-      }
+      say("scale-state", this.said);
+      return;
     }
+    this.wanted = count; // from which the next click counts on
+    this.asking += 1;
+    this.turn = this.turn.then(() => this.ask(count));
+  }
+
+  async ask(count) {
+    try {
+      const { before, actors } = await post("api/scale", { actors: count });
+      this.said = `asked for: ${before} → ${plural(actors, "actor")}`;
+      this.number.value = String(actors);
+    } catch (error) {
+      this.said = `not done: ${error.message}`;
+    }
+    this.asking -= 1;
+    this.answered = performance.now();
     say("scale-state", this.said);
   }
 
@@ -41,6 +51,7 @@ export class Scale {
       say("scale-state", now.alive || !now.actors.length ? "" : "as they were last seen");
       return;
     }
+    if (this.asking || now.asked < this.answered) return; // it may tell of the number before the last click
     const wanted = now.wish.actors;
     if (wanted !== this.wanted && document.activeElement !== this.number) this.number.value = String(wanted);
     this.wanted = wanted;

@@ -67,6 +67,7 @@ def visited(
     page.on("pageerror", lambda error: wrong.append(str(error)))
     context.on("request", lambda request: asked.append(request.url))
     page.goto(address or dashboard.address)
+    holds(page, "document.getElementById('connection').textContent !== 'connecting'")  # a first whole round
     yield page
     context.close()
     assert [text for text in wrong if not ignore or not re.search(ignore, text)] == []
@@ -176,7 +177,7 @@ def test_an_ended_run_says_so_and_has_no_buttons(ended: RunDir, serve: Serve, vi
     page.click("#windows >> text=5 min")
     assert page.get_attribute("#windows >> text=5 min", "aria-pressed") == "true"
     page.hover("#lanes canvas", position={"x": 600, "y": 10})
-    assert page.inner_text("#tip").startswith("learner: ")
+    assert page.wait_for_selector("#tip").inner_text().startswith("learner: ")
     page.click("summary")
     page.wait_for_selector("#shares tbody tr >> text=actor-3")
 
@@ -206,7 +207,8 @@ def test_rollouts_are_browsed_token_by_token(ended: RunDir, serve: Serve, visit:
     page.click("[aria-label='Step before']")
     holds(page, f"document.querySelector('#rollouts select').value === '{newest - 1}'")
     page.click("#groups li:nth-child(2) a")
-    page.wait_for_selector("#groups li:nth-child(2) a[aria-current='true']")
+    page.wait_for_selector(f"#group[data-shown='{newest - 1}/1']")
+    assert page.get_attribute("#groups li:nth-child(2) a", "aria-current") == "true"
     assert page.evaluate("location.hash") == f"#rollouts/{newest - 1}/1"
     assert page.locator("#group .completion").count() == 8
     assert re.search(r"answer [01]", page.inner_text("#group .completion .scores"))
@@ -222,7 +224,7 @@ def test_rollouts_are_browsed_token_by_token(ended: RunDir, serve: Serve, visit:
     trained = page.evaluate("document.querySelectorAll('.tokens span:not(.untrained)').length")
     assert (page.evaluate(coloured) > 0) == (trained > 0)
     page.hover("#group .tokens span:nth-child(3)")
-    tip = page.inner_text("#tip")
+    tip = page.wait_for_selector("#tip").inner_text()
     assert re.search(r"^\".*\"\nengine −\d\.\d{3} nats\nlearner .*\nratio .*\nversion \d+, token 3 of \d+", tip)
 
 
@@ -243,6 +245,15 @@ def test_scale_buttons_leave_wishes(tmp_path: Path, serve: Serve, visit: Visit) 
         holds(page, "!document.getElementById('scale-less').disabled")
         page.click("#scale-less")
         holds(page, "document.getElementById('scale-state').textContent.includes('7 → 6 actors')")
+
+
+def test_clicks_that_follow_each_other_quickly_all_count(tmp_path: Path, serve: Serve, visit: Visit) -> None:
+    with made_run(tmp_path / "hurried") as made:
+        page = visit(serve(made.run))
+        page.evaluate("for (const _ of [1, 2, 3]) document.getElementById('scale-more').click()")
+        holds(page, "document.getElementById('scale-state').textContent.includes('4 → 5 actors')")
+        assert read_wish(made.run) == Wish(5, "the dashboard")
+        assert page.input_value("#scale-number") == "5"
 
 
 @pytest.mark.parametrize("end", ["#token=wrong", ""])
