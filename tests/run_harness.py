@@ -77,7 +77,7 @@ class Command:
                 stdin=terminal and terminal.slave,
                 stdout=terminal.slave if terminal else output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | environment,
+                env=os.environ | ({"TERM": "xterm"} if terminal else {}) | environment,
                 start_new_session=terminal is not None,
                 preexec_fn=terminal and terminal.take_control,
             )
@@ -104,14 +104,23 @@ class Command:
         except psutil.NoSuchProcess:
             pass
 
-    def names(self) -> list[str]:
-        """What the processes of the command call themselves now."""
+    def named(self) -> list[tuple[psutil.Process, list[str]]]:
+        """The processes of the command that run now, with their arguments."""
         self.look()
-        names = []
+        found = []
         for process in self.processes.values():
             with contextlib.suppress(psutil.Error):  # it ended meanwhile
-                names.append(" ".join(process.cmdline()))
-        return names
+                if arguments := process.cmdline():
+                    found.append((process, arguments))
+        return found
+
+    def names(self) -> list[str]:
+        """What the processes of the command call themselves now."""
+        return [" ".join(arguments) for _, arguments in self.named()]
+
+    def running(self, argument: str) -> list[psutil.Process]:
+        """Those that run now with an argument."""
+        return [process for process, arguments in self.named() if argument in arguments]
 
     def until(self, condition: Callable[[], Any], what: str, timeout_s: float) -> Any:
         """Wait for a condition; fails with the command's output if it ends first, or takes too long."""
@@ -155,13 +164,15 @@ def left_behind(run: RunDir, launcher_pid: int) -> list[Path]:
 
 def open_to_the_network(pid: int) -> list[str]:
     """Listening sockets of a process and all below it that other machines could reach. There must be others."""
-    process = psutil.Process(pid)
-    sockets = [
-        (process.name(), ipaddress.ip_address(connection.laddr.ip), connection.laddr.port)
-        for process in (process, *process.children(recursive=True))
-        for connection in process.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    sockets = []
+    for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            name = process.name()
+            sockets += [
+                (name, ipaddress.ip_address(connection.laddr.ip), connection.laddr.port)
+                for connection in process.net_connections("inet")
+                if connection.status == psutil.CONN_LISTEN
+            ]
     assert sockets, "a run listens somewhere"
     return [
         f"{name} listens on {address}, port {port}"
@@ -170,14 +181,22 @@ def open_to_the_network(pid: int) -> list[str]:
     ]
 
 
+def files_of(run: RunDir) -> dict[str, bytes]:
+    """Path -> content of every file of a run, which may go on meanwhile: what goes away under the reader is missing."""
+    texts = {}
+    for directory, _, names in os.walk(run.path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                texts[f"{directory}/{name}"] = Path(directory, name).read_bytes()
+    return texts
+
+
 def secrets_shown(run: RunDir, pid: int = 0) -> list[str]:
     """Where a secret key of the run stands outside of the key files: files of the run, and arguments and environments
     of a process and all below it."""
-    texts = {
-        str(path): path.read_bytes()
-        for path in (*run.path.rglob("*"), *run.path.parent.parent.glob("*.log"))
-        if path.is_file() and path not in (run.keys / "learner.json", run.actor_keys)
-    }
+    texts = files_of(run) | {str(log): log.read_bytes() for log in run.path.parent.parent.glob("*.log")}
+    for path in (run.keys / "learner.json", run.actor_keys):
+        texts.pop(str(path), None)
     processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)] if pid else []
     for process in processes:
         for name in ("cmdline", "environ"):

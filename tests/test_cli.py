@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from learner.intake.journal import read_steps
@@ -64,7 +63,9 @@ def write_recipe(directory: Path) -> Path:
 
 
 def tandem(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*TANDEM, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    """What a command says on a machine without a GPU."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*TANDEM, *arguments], env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], complaint: str) -> None:
@@ -273,22 +274,21 @@ def test_run_that_ignores_the_hangup_goes_on_without_its_terminal(recipe: Path, 
 @pytest.mark.timeout(400)
 def test_killed_learner_is_restarted_and_replays_its_journal(recipe: Path, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "runs" / "cli")
-    arguments = ["train", str(recipe), "--runs", str(run.path.parent), "--set", "steps=25"]
+    arguments = ["train", str(recipe), "--runs", str(run.path.parent), "--set", "steps=60"]
     with Command(arguments, tmp_path / "log") as command:
         command.until(reached(run, 8), "eighth step", 120)
-        learners = [p for p in psutil.Process(command.process.pid).children() if "learner" in p.cmdline()]
-        assert len(learners) == 1
-        learners[0].kill()
+        (learner,) = command.running("learner")
+        learner.kill()
         sent_before = read_json(run.summary)["weights"]["bytes_sent"]
         assert command.wait(200) == 0, command.output()
         assert "restarting it from its last checkpoint" in command.output()
         assert command.left_running() == []
-    assert_trained_once_each(run, 25)
+    assert_trained_once_each(run, 60)
     rows, summary = read_jsonl(run.metrics), read_json(run.summary)
-    assert [row["step"] for row in rows] == list(range(1, 26)), "steps that were done twice are written once"
+    assert [row["step"] for row in rows] == list(range(1, 61)), "steps that were done twice are written once"
     assert summary["rollout_tokens"] == sum(row["completion_tokens"] for row in rows)
     assert summary["reward_first"] == rows[0]["reward_mean"]
-    assert summary["lag_mean"] == pytest.approx(sum(row["lag_mean"] for row in rows) / 25)
+    assert summary["lag_mean"] == pytest.approx(sum(row["lag_mean"] for row in rows) / 60)
     assert summary["actors"] == {"started": 1, "restarted": 0, "max": 1}, "it outlived the learner"
     assert summary["weights"]["bytes_sent"] > sent_before > 0, "of both processes"
     replayed = re.search(r"(\d+) groups of unfinished tickets come from the journal", learner_log(run))
@@ -358,7 +358,7 @@ def test_stopped_evaluation_goes_on_and_grades_with_the_users_function(recipe: P
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     run = RunDir(tmp_path / "runs" / "mine")
     arguments = ["eval", model_of(recipe), "--recipe", str(recipe), "--name", "mine", "--runs", str(run.path.parent)]
-    arguments += ["--grader", "mine:score", "--prompts", "20", "--set", "actor.fake_token_s=0.1"]
+    arguments += ["--grader", "mine:score", "--prompts", "20", "--set", "actor.fake_token_s=0.3"]
     with Command(arguments, tmp_path / "first.log", PYTHONPATH=path) as first:
         first.until(lambda: "of 20 problems" in status(run).get("waiting_for", ""), "the evaluation", 120)
         first.process.send_signal(signal.SIGINT)
@@ -402,7 +402,8 @@ def test_scale_changes_the_number_of_actors_of_a_running_run(recipe: Path, tmp_p
         said = scale(3)
         assert "actor-2 pending: it needs" in said
         assert members(run)["actor-2"] == "pending"
-        assert f"actor-2 is pending: it needs {half:g} CPU" in command.output()
+        pending = f"actor-2 is pending: it needs {half:g} CPU"
+        command.until(lambda: pending in command.output(), pending, 30)
         scale(0, "--wait")
         command.until(lambda: "no actor is wanted" in status(run).get("waiting_for", ""), "a learner that waits", 30)
         assert members(run) == {}

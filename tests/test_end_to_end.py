@@ -22,7 +22,7 @@ from tests.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.real_engine
 
-STEPS = 12
+STEPS = 24
 GROUPS_PER_STEP = 4
 GAP_BOUND_NATS = 1e-3
 """Engine and learner, both fp32, strictly on-policy: all that may remain is the order of summation."""

@@ -16,8 +16,9 @@ from benchmarks.scale_learner import Learner
 from learner.intake.journal import read_groups
 from protocol import codec
 from protocol.messages import TicketId
+from tests.actor_harness import until
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 def test_prepared_frames_are_those_of_the_group_with_its_id_name_and_version() -> None:
@@ -53,24 +54,25 @@ def test_two_simulated_actors_groups_are_all_journaled_once_and_acknowledged(
                 learner.source.resume_training()
             if swarm.tally.acknowledged >= 20:  # first at the pace of engines
                 swarm.saturate()
-            if swarm.tally.acknowledged >= enough:
+            if swarm.tally.acknowledged >= enough and learner.sample()["versions"] > 2:
                 learner.source.pause_training()
                 swarm.stop()
 
         swarm.run(turn)
-        tally, sample = swarm.tally, learner.sample()
+        until(lambda: not learner.server.peers, "the intake to hear both goodbyes")
+        tally, cpu_s = swarm.tally, learner.sample()["cpu_s"]
         assert learner.server.crash is None
-        assert sample["faults"].keys() <= {"unroutable"}, "only what the actors left unheard"
-        counts = learner.server.dispatcher.counts()
+    counts, sample = learner.server.dispatcher.counts(), learner.sample()
+    assert sample["faults"].keys() <= {"unroutable"}, "only what the actors left unheard"
     journaled = list(read_groups(tmp_path / "groups.journal"))
     assert counts["duplicates"] == counts["reissued"] - counts["leased"] == 0
     assert len(journaled) == len({group.id for group in journaled}) == learner.accepted()[0]
     assert sum(group.num_tokens for group in journaled) == learner.accepted()[1]
     assert enough <= tally.acknowledged == len(tally.latencies_s) <= len(journaled)
     assert {group.actor for group in journaled} == {"actor-0", "actor-1"}
-    assert sample["versions"] == counts["trained"] // 512 + 1 >= 3
+    assert sample["versions"] == counts["trained"] // 512 + 1
     assert min(tally.latencies_s) > 0
-    assert sample["cpu_s"]["intake"] > 0 < sample["cpu_s"]["zmq"]
+    assert cpu_s["intake"] > 0 < cpu_s["zmq"]
 
 
 def test_idle_cost_is_the_slope_between_the_fewest_and_the_most_actors() -> None:

@@ -176,6 +176,7 @@ def test_hub_copy_in_the_cache_needs_no_hub(tmp_path, cache):
 
 def test_hub_out_of_reach_is_one_line(cache):
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "TANDEM_CACHE": str(cache)}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
     for name in ("someone/set", "gsm8k"):
         result = subprocess.run(
             [*TANDEM, "data", "fetch", name], env=environment, capture_output=True, text=True, timeout=120, check=False

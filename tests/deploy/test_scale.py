@@ -11,6 +11,7 @@ import pytest
 
 from deploy.runs import running_runs
 from deploy.scale import LocalRun, describe, find_run, follow
+from protocol import rundir
 from protocol.errors import RecipeError
 from protocol.rundir import RunDir
 from protocol.scaling import Member, Wish, read_wish, write_members, write_wish
@@ -58,8 +59,9 @@ def test_find_run_says_that_none_is_running(tmp_path: Path) -> None:
         find_run("", tmp_path)
 
 
-def test_asking_who_runs_does_not_keep_a_launcher_out(tmp_path: Path) -> None:
+def test_asking_who_runs_does_not_keep_a_launcher_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`is_held` takes the lock for a moment: a launcher that starts then waits for it instead of giving up."""
+    monkeypatch.setattr(rundir, "ASKED_S", 5.0)  # here somebody asks without a pause
     run = make_run(tmp_path, "starting")
     stop = threading.Event()
 

@@ -43,6 +43,7 @@ def env(tmp_path: Path) -> dict[str, str]:
     environment = slurm_environment(tmp_path, job=os.getpid(), nodes=1)
     write_program(tmp_path / "env" / "bin" / "ray", RAY)
     write_program(tmp_path / "env" / "bin" / "tandem", TANDEM + WAITS)
+    write_program(Path(environment["SHIM"]) / "hostname", "#!/bin/bash\necho 10.0.0.1 fd00::1\n")
     return environment
 
 

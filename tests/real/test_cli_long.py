@@ -7,7 +7,6 @@ import re
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 
 from protocol.rundir import RunDir, read_json, read_jsonl
@@ -28,7 +27,7 @@ def test_learner_of_two_processes_survives_a_killed_one_and_goes_on_as_one(recip
     with Command(["train", str(recipe), "--runs", str(run.path.parent), *two], tmp_path / "two.log") as first:
         first.until(reached(run, 6), "a step behind the first checkpoint", 120)
         assert open_to_the_network(first.process.pid) == []
-        ranks = [p for p in psutil.Process(first.process.pid).children(recursive=True) if "--rank" in p.cmdline()]
+        ranks = first.running("--rank")
         assert len(ranks) == 1, "rank 0 has started one other"
         ranks[0].kill()
         first.until(lambda: "resumed at step" in (run.logs / "learner.log").read_text(), "the restart", 120)

@@ -13,7 +13,7 @@ import pytest
 from protocol.rundir import RunDir
 from protocol.scaling import Wish, read_wish
 from tests.dashboard_harness import CHROMIUM, NO_BROWSER, SHOTS, browser
-from tests.run_harness import Command, open_to_the_network
+from tests.run_harness import Command, files_of, open_to_the_network
 from tests.test_cli import write_recipe
 
 pytest.importorskip("playwright.sync_api", reason="needs playwright: `pip install playwright`")
@@ -78,7 +78,7 @@ def _shots() -> Path:
 
 def token_shown(token: str, run: RunDir, pid: int) -> list[str]:
     """Where the token stands outside of what the command has printed: the run's files, arguments, environments."""
-    found = [str(path) for path in run.path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    found = [path for path, text in files_of(run).items() if token.encode() in text]
     for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
         for name in ("cmdline", "environ"):
             try:

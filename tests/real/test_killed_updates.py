@@ -138,13 +138,18 @@ def test_vllm_actor_killed_in_two_updates_comes_back_right(tmp_path: Path) -> No
     def state() -> dict:
         return read_json(run.status) or {}
 
+    killed: set[int] = set()
+
+    def at_work(step: int) -> int:
+        """Process of the actor that draws for a step from `step` on, and was not killed; else 0."""
+        found = state()
+        pid = found.get("actors", {}).get("actor-0", 0)
+        return pid if found.get("step", 0) >= step and pid not in killed else 0
+
     with Command(arguments, tmp_path / "log") as command:
-        killed: set[int] = set()
-        for kill, step in enumerate((3, 8)):
-            command.until(lambda s=step: state().get("step", 0) >= s and state().get("actors"), f"step {step}", 200)
+        for step in (3, 8):
+            victim = command.until(lambda s=step: at_work(s), f"step {step}", 200)
             time.sleep(chance.uniform(0, 0.5))  # the version of that step is on its way
-            victim = state()["actors"]["actor-0"]
-            assert victim not in killed, f"kill {kill}"
             os.kill(victim, signal.SIGKILL)
             killed.add(victim)
         assert command.wait(400) == 0, command.output()

@@ -117,9 +117,9 @@ def test_learner_gets_gpus_of_its_own_in_the_cluster(cluster: Cluster, recipe: P
     arguments += ["--set", "actor.gpus=1", "--set", "actor.count=2", "--set", "actor.wait_for_room=true"]
     with Command(arguments, tmp_path / "log", **cluster.environment()) as command:
         command.until(lambda: status(run).get("step", 0) >= 2, "steps", 120)
-        states = {member.name: member.state for member in read_members(run)}
-        assert states == {"actor-0": "running", "actor-1": "pending"}, "one of the two GPUs is the learner's"
-        learner = next(p for p in command.processes.values() if "learner" in p.cmdline())
+        states = {"actor-0": "running", "actor-1": "pending"}  # one of the two GPUs is the learner's
+        command.until(lambda: {member.name: member.state for member in read_members(run)} == states, str(states), 60)
+        (learner,) = command.running("learner")
         assert learner.environ()["CUDA_VISIBLE_DEVICES"] in ("0", "1")
         command.process.send_signal(signal.SIGINT)
         assert command.wait(90) == 3, command.output()
