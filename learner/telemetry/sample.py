@@ -40,7 +40,7 @@ class ActorSample(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: int = 0
     """Completion tokens drawn."""
     serving_s: float = 0.0
-    """Seconds in which it served a version, as the learner saw it; the next four are parts of it, by its own clock."""
+    """Seconds since it served its first version, also those without a learner; the next three are parts of it."""
     busy_s: float = 0.0
     """Seconds with at least one request in the engine."""
     running_s: float = 0.0
@@ -118,6 +118,7 @@ class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def parts_of_serving(serving_s: float, busy_s: float, paused_s: float) -> dict[str, float]:
-    """State in `SERVING` -> seconds in it. The three are of two clocks, so the parts are cut to fit the whole."""
+    """State in `SERVING` -> seconds in it. A pause is told when it is over, and requests may wait in the engine or not
+    meanwhile: no part is below zero."""
     generating = max(0.0, busy_s - paused_s)
     return {"generating": generating, "updating": paused_s, "waiting": max(0.0, serving_s - generating - paused_s)}

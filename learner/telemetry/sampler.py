@@ -101,7 +101,7 @@ class Sampler:
             running=beat.running,
             room=room,
             tokens=beat.generated_tokens,
-            serving_s=round(peer.serving_s, 3),
+            serving_s=round(beat.serving_s, 3),
             busy_s=round(beat.busy_s, 3),
             running_s=round(beat.running_s, 3),
             paused_s=round(beat.paused_s, 3),
