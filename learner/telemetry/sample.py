@@ -96,7 +96,11 @@ class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
     trained_tokens: int = 0
     """Tokens that went through forward and backward."""
     tickets: dict[str, int] = {}
-    """`Dispatcher.counts`."""
+    """`Dispatcher.counts`, of the whole run."""
+    reissued: int = 0
+    """Tickets issued again by this process, of those in `tickets`."""
+    duplicates: int = 0
+    """Groups that came to this process twice or too late, likewise."""
     backlog: int = 0
     """Tickets that may be issued and that no actor has room for."""
     versions: int = 0

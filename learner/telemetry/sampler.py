@@ -75,6 +75,7 @@ class Sampler:
                 "groups": server.groups_accepted,
                 "tokens": server.rollout_tokens,
                 "tickets": server.dispatcher.counts(),
+                **server.dispatcher.redone(),
                 "backlog": server.dispatcher.backlog(),
                 "versions": publisher.published,
                 "weights_bytes": server.hub.bytes_sent,
