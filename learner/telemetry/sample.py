@@ -1,7 +1,8 @@
 """A sample: what a run is doing at one moment. One line of timeline.jsonl each; exporter, advisor and pages read it.
 
-Counts and seconds are absolute and only grow while the learner's process lives; whoever wants a rate subtracts two
-samples, whichever are left (`timeline.py` thins them out). A restarted learner or actor begins at zero. Pure data.
+Counts and seconds are absolute and only grow while the process lives that they are of; whoever wants a rate subtracts
+two samples, whichever are left (`timeline.py` thins them out). A restarted learner (`Sample.process`) or actor
+(`ActorSample.incarnation`) begins at zero; an actor that outlives its learner goes on. Pure data.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ LEARNER_PHASES: tuple[LearnerPhase, ...] = (
 
 CONNECTING = "connecting"
 """`ActorSample.phase` of one that is connected and has sent no heartbeat: its counts are not known."""
+INCARNATION_CHARACTERS = 16
+"""What a sample keeps of an incarnation: an actor may call itself whatever it likes."""
 
 
 class ActorSample(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -54,6 +57,8 @@ class ActorSample(msgspec.Struct, frozen=True, omit_defaults=True):
     swaps: int = 0
     grader_errors: int = 0
     rss_bytes: int = 0
+    incarnation: str = ""
+    """Of its process: another one means that it was started again, and all counts with it. "" in older timelines."""
 
 
 class Advice(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -119,6 +124,11 @@ class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
     memory: dict[str, int] = {}
     """"resident", "gpu_allocated", "gpu_reserved" -> bytes of the learner's first process."""
     advice: Advice | None = None
+
+
+def has_counts(actor: ActorSample) -> bool:
+    """Whether a heartbeat has told of it: the zeros of one that is gone, or back and not heard of yet, are none."""
+    return actor.state != "gone" and actor.phase != CONNECTING
 
 
 def parts_of_serving(serving_s: float, busy_s: float, paused_s: float) -> dict[str, float]:

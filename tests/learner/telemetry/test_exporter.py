@@ -34,6 +34,7 @@ Page = dict[str, dict[tuple[tuple[str, str], ...], float]]
 ACTOR = ActorSample(
     "generating", "serving", version=3, held=2, running=5, room=8, tokens=100, serving_s=10.0, busy_s=8.0,
     running_s=40.0, paused_s=1.0, pause_s=0.5, fetch_s=0.25, swaps=2, grader_errors=1, rss_bytes=1 << 20,
+    incarnation="p1",
 )  # fmt: skip
 
 
@@ -194,23 +195,29 @@ def seen(metrics: RunMetrics, **changes: Any) -> Page:
     return page_of(metrics)
 
 
+def generated(page: Page) -> float:
+    return page["tandem_actor_seconds_total"][(("actor", "actor-0"), ("state", "generating"))]
+
+
 def waited(page: Page) -> float:
     return page["tandem_actor_seconds_total"][(("actor", "actor-0"), ("state", "waiting"))]
 
 
-def test_a_counter_out_of_two_clocks_does_not_go_back() -> None:
+def test_a_counter_out_of_differences_does_not_go_back() -> None:
     metrics = RunMetrics(recipe_of())
-    assert waited(seen(metrics, serving_s=10.0, busy_s=8.0)) == 2.0
-    assert waited(seen(metrics, serving_s=10.5, busy_s=9.0)) == 2.0, "the actor's own clock is ahead by half a second"
-    assert waited(seen(metrics, serving_s=13.0, busy_s=9.5)) == 3.5
+    assert generated(seen(metrics, serving_s=10.0, busy_s=8.0, paused_s=1.0)) == 7.0
+    assert generated(seen(metrics, serving_s=10.5, busy_s=8.5, paused_s=3.0)) == 7.0, "a pause is told at its end"
+    assert generated(seen(metrics, serving_s=13.0, busy_s=11.0, paused_s=3.0)) == 8.0
 
 
 def test_counters_of_a_restarted_actor_begin_anew() -> None:
     metrics = RunMetrics(recipe_of())
     seen(metrics, tokens=100, busy_s=8.0)
-    page = seen(metrics, tokens=3, busy_s=0.1, serving_s=0.2, paused_s=0.0)
+    page = seen(metrics, tokens=3, busy_s=0.1, serving_s=0.2, paused_s=0.0, incarnation="p2")
     assert page["tandem_rollout_tokens_total"] == {(("actor", "actor-0"),): 3}
     assert waited(page) == pytest.approx(0.1)
+    page = seen(metrics, tokens=200, busy_s=9.0, serving_s=50.0, paused_s=0.0, incarnation="p3")
+    assert (generated(page), waited(page)) == (9.0, 41.0)
 
 
 @pytest.mark.parametrize("silent", [{"state": "gone"}, {"state": "starting", "phase": "connecting"}])
@@ -221,7 +228,15 @@ def test_an_actor_without_a_heartbeat_shows_no_counts_and_goes_on_with_them(sile
     page = page_of(metrics)
     assert "tandem_rollout_tokens_total" not in page and "tandem_actor_seconds_total" not in page
     assert page["tandem_actor_up"] == {(("actor", "actor-0"),): float(silent["state"] != "gone")}
-    assert waited(seen(metrics, serving_s=1.0)) == 2.0, "the same process, over a new connection"
+    assert waited(seen(metrics, serving_s=70.0, busy_s=9.0)) == 61.0, "the same process, a minute later"
+
+
+def test_occupancy_is_of_one_process() -> None:
+    metrics = RunMetrics(recipe_of())
+    seen(metrics, serving_s=10.0, running_s=40.0)
+    assert "tandem_actor_occupancy_ratio" not in seen(metrics, serving_s=20.0, running_s=50.0, incarnation="p2")
+    page = seen(metrics, serving_s=30.0, running_s=90.0, incarnation="p2")
+    assert page["tandem_actor_occupancy_ratio"] == {(("actor", "actor-0"),): 0.5}
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------
