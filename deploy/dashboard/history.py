@@ -2,7 +2,7 @@
 
 Every column is a sum that only grows, so that a mean or a rate over any piece of time is one subtraction: of a count,
 its increase; of a level, itself summed over samples. Counts begin anew with a learner's or an actor's process: each
-is continued where it was, and no rate is given across two learner processes.
+is continued where it was, and no rate is given across two learner processes, nor across a clock that was set back.
 Fed by `readers.py`.
 """
 
@@ -71,7 +71,7 @@ class History:
         self.newest: Sample | None = None
         self._columns: dict[str, list[float]] = {name: [] for name in (*COUNTS, *LEVELS)}
         self._breaks: list[int] = []
-        """Indices of the first samples of later learner processes."""
+        """Indices of the first samples of later learner processes, and of those after a clock was set back."""
         self._grew: dict[str, list[int]] = {name: [0, 0] for name in LUMPS}
         """Count -> indices at which it grew last, and the time before."""
         self._actors = ActorGrowth()
@@ -79,10 +79,13 @@ class History:
         """Time of each of the last samples, and how much every actor had grown by then."""
 
     def see(self, sample: Sample) -> None:
-        """Take in the next sample; one that is not later than the last is known (the file was thinned out), or left out
-        (the clock was set back)."""
+        """Take in the next sample, in the file's order. One of a time that is known is known (the file was thinned out,
+        and is read anew). With any other that is not later than the last, the clock was set back: what is here of later
+        times was of a clock that went wrong, and is forgotten."""
         if self.newest is not None and sample.t <= self.newest.t:
-            return
+            if self._knows(sample.t):
+                return
+            self._forget_from(sample.t)
         index = len(self.times)
         if self.newest is not None and sample.process != self.newest.process:
             self._break_off()
@@ -98,6 +101,20 @@ class History:
         self.lanes.see(sample, self.newest)
         self._keep_recent(sample.t, growth)
         self.newest = sample
+
+    def _knows(self, t: float) -> bool:
+        place = bisect_left(self.times, t)
+        return place < len(self.times) and self.times[place] == t
+
+    def _forget_from(self, t: float) -> None:
+        """Forget all samples of that time and later ones."""
+        index = bisect_left(self.times, t)
+        for column in (self.times, *self._columns.values()):
+            del column[index:]
+        self._breaks = [place for place in self._breaks if place < index]
+        self.lanes.cut(self.times[-1] if self.times else t)
+        self._actors, self.newest = ActorGrowth(), None
+        self._break_off()
 
     def _break_off(self) -> None:
         """No line leads to the next sample."""

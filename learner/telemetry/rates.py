@@ -1,7 +1,7 @@
-"""Rates and shares between samples of a run. Pure; used by `deploy/status.py` and the dashboard.
+"""Rates and shares between samples of a run. Pure; used by `deploy/status.py`.
 
 A count of the learner's that is smaller than before belongs to a process that was started again: it began at zero. Of
-actors `growth.py` knows that.
+actors `growth.py` knows that. Where the clock was set back nothing can be said: only samples since then are looked at.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def _shares(seconds: Mapping[str, float]) -> dict[str, float]:
 
 def over_time(samples: Sequence[Sample], points: int) -> list[Rates]:
     """Rates over at most `points` stretches of equal length of the time that the samples cover, oldest first."""
+    samples = unbroken(samples)
     if len(samples) < 2:
         return []
     length = (samples[-1].t - samples[0].t) / points
@@ -89,8 +90,16 @@ def over_time(samples: Sequence[Sample], points: int) -> list[Rates]:
 
 def lately(samples: Sequence[Sample], seconds: float) -> Rates | None:
     """Rates over the last so many seconds; None without two samples."""
-    recent = list(_backwards(samples, seconds))
+    recent = list(_backwards(unbroken(samples), seconds))
     return Rates.between(*reversed(recent)) if len(recent) > 1 else None
+
+
+def unbroken(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """The newest samples, back to where the clock was set back, or the file was read anew."""
+    for index in range(len(samples) - 1, 0, -1):
+        if samples[index].t <= samples[index - 1].t:
+            return list(samples)[index:]
+    return samples
 
 
 def _backwards(samples: Sequence[Sample], seconds: float) -> Iterable[Sample]:

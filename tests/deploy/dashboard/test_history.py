@@ -145,9 +145,36 @@ def test_an_actor_of_which_no_earlier_sample_tells_is_counted_from_then_on() -> 
     assert made.increase("rollout_tokens", 0, -1) == 19_000
 
 
-def test_a_clock_that_was_set_back_costs_samples_and_no_more() -> None:
-    made = history(sample(10.0, 100), sample(11.0, 110), sample(5.0, 120), sample(12.0, 120))
-    assert made.times == [10.0, 11.0, 12.0]
+def test_after_a_clock_that_was_set_back_the_page_goes_on_at_once() -> None:
+    made = history(*(sample(float(t), 10 * t) for t in range(1, 101)))
+    for t in range(41, 61):
+        made.see(sample(t + 0.5, 1000 + 30 * (t - 40), actors={"a": worker(1000 + 30 * (t - 40), 100 + t - 40)}))
+        assert made.newest is not None and made.times[-1] == made.newest.t == t + 0.5
+    assert made.times == [*map(float, range(1, 42)), *(t + 0.5 for t in range(41, 61))]
+    found = made.series(0, 120)
+    by_time = dict(zip(found["t"], values(found, "rollout_tokens_per_s"), strict=True))
+    assert by_time.pop(41.5) is None, "no line leads there"
+    assert {value for time, value in by_time.items() if time < 41.5} == {10.0}
+    assert {value for time, value in by_time.items() if time > 41.5} == {30.0}
+    learner = next(lane for lane in made.lanes.between(0.0, 60.5, 100) if lane["name"] == "learner")
+    assert [(start, end) for start, end, _ in learner["segments"]] == [(1.0, 41.0), (41.5, 60.5)]
+
+
+def test_a_clock_that_was_set_back_to_before_the_first_sample_leaves_nothing_of_before() -> None:
+    made = history(*(sample(100.0 + t, 10 * t) for t in range(10)), *(sample(float(t), 90 + 20 * t) for t in range(5)))
+    assert made.times == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert set(values(made.series(0, 20), "rollout_tokens_per_s")) == {20.0}
+
+
+def test_a_file_that_is_read_anew_ends_as_it_did_also_where_the_clock_was_set_back() -> None:
+    samples = [sample(t, round(10 * t)) for t in (*range(1, 41), *(20.5 + t for t in range(40)))]
+    made = history(*samples)
+    end = made.times[-1]
+    for one in samples[1::2]:
+        made.see(one)
+    assert made.times[-1] == end and made.times == sorted(set(made.times))
+    made.see(sample(61.0, 610))
+    assert values(made.series(55, 20), "rollout_tokens_per_s")[-1] == pytest.approx(10.0, rel=0.2)
 
 
 # --- lanes ------------------------------------------------------------------------------------------------------------

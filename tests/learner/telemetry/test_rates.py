@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from learner.telemetry.rates import Rates, lately, over_time
+from learner.telemetry.rates import Rates, lately, over_time, unbroken
 from learner.telemetry.sample import CONNECTING, ActorSample, Sample
 
 
@@ -92,3 +92,15 @@ def test_rates_lately_look_back_so_many_seconds() -> None:
     found = lately(samples, 20)
     assert found is not None and (found.seconds, found.groups) == (20, 1.0)
     assert lately(samples[:1], 20) is None
+
+
+def test_rates_begin_anew_where_the_clock_was_set_back() -> None:
+    before = [Sample(t=3600.0 + t, process=1, groups=5 * t) for t in range(100)]
+    after = [Sample(t=float(t), process=1, groups=500 + 2 * t) for t in range(1, 21)]
+    samples = [*before, *after]
+    found = lately(samples, 30)
+    assert found is not None and (found.seconds, found.groups) == (19, 2)
+    assert {rates.groups for rates in over_time(samples, 10)} == {2}
+    assert sum(rates.seconds for rates in over_time(samples, 19)) == 19
+    assert lately([*before, after[0]], 30) is None and over_time([*before, after[0]], 10) == []
+    assert unbroken([before[0], before[0]]) == [before[0]], "two at one time say nothing of what was between"
