@@ -66,10 +66,10 @@ def told(sampler: Sampler, puppet: Puppet, **changes: Any) -> Sample:
 
 
 def test_an_actor_that_outlives_its_learner_goes_on_with_its_counts(tmp_path: Path) -> None:
-    with Intake(tmp_path, version=1) as intake, Puppet(intake.address) as puppet:
+    with Intake(tmp_path, dead_after_s=60.0, version=1) as intake, Puppet(intake.address) as puppet:
         puppet.hello()
         first = told(sampler_of(intake), puppet)
-    with Intake(tmp_path, version=1) as intake, Puppet(intake.address) as puppet:
+    with Intake(tmp_path, dead_after_s=60.0, version=1) as intake, Puppet(intake.address) as puppet:
         sampler = sampler_of(intake)
         puppet.hello()
         until(lambda: sampler.take().actors, "the actor")
@@ -87,10 +87,13 @@ def test_an_actor_that_outlives_its_learner_goes_on_with_its_counts(tmp_path: Pa
 
 
 def test_an_actor_that_was_buried_comes_back_with_its_counts_and_a_new_process_with_none(tmp_path: Path) -> None:
-    with Intake(tmp_path, dead_after_s=0.2, version=1) as intake, Puppet(intake.address) as puppet:
+    with Intake(tmp_path, dead_after_s=60.0, version=1) as intake, Puppet(intake.address) as puppet:
         sampler, growth = sampler_of(intake), ActorGrowth()
         puppet.hello()
         growth.see(told(sampler, puppet))
+        with intake.server.lock:
+            for peer in intake.server.peers.values():
+                peer.last_seen -= 61.0
         until(lambda: sampler.take().actors["actor-9"] == ActorSample("gone"), "a funeral")
         growth.see(sampler.take())
         puppet.hello()
@@ -105,7 +108,10 @@ def test_an_actor_that_was_buried_comes_back_with_its_counts_and_a_new_process_w
 
 
 def test_a_sample_keeps_little_of_a_long_incarnation(tmp_path: Path) -> None:
-    with Intake(tmp_path, version=1) as intake, Puppet(intake.address, incarnation="p" * 100) as puppet:
+    with (
+        Intake(tmp_path, dead_after_s=60.0, version=1) as intake,
+        Puppet(intake.address, incarnation="p" * 100) as puppet,
+    ):
         puppet.hello()
         assert told(sampler_of(intake), puppet).actors["actor-9"].incarnation == "p" * 16
 
