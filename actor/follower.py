@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 
@@ -48,12 +49,18 @@ class WeightFollower:
         self.swaps = 0
         self.fetch_s = self.pause_s = self.paused_s = 0.0
         """Of the last swap: fetch, check and staging; the pause of generation. `paused_s`: all pauses so far."""
+        self._serves_since = math.inf
         self.newest = 0
         self._news: Update | None = None
         self._welcome, self._enter, self._confirm = welcome, enter, confirm
         self._newer = asyncio.Event()
         self._probing = asyncio.Lock()
         self._changed = asyncio.Condition()
+
+    @property
+    def serving_s(self) -> float:
+        """Seconds since the first version was in service, whether there was a learner meanwhile or not."""
+        return max(0.0, time.monotonic() - self._serves_since)
 
     def heard_of(self, version: int) -> None:
         """News, or the answer to a heartbeat, name a version."""
@@ -106,6 +113,7 @@ class WeightFollower:
             staged.release()
         self.fetch_s = sum(staged.seconds.values())
         self.swaps += 1
+        self._serves_since = min(self._serves_since, time.monotonic())
         self.paused_s += self.pause_s
         self._enter("serving")
         stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in staged.seconds.items())

@@ -367,6 +367,7 @@ class ActorLoop:
             running=self.gate.running,
             running_s=self.gate.running_s,
             paused_s=self.weights.paused_s,
+            serving_s=self.weights.serving_s,
         )
 
     async def _confirm(self) -> None:

@@ -59,6 +59,7 @@ class MeasuredSwarm(Swarm):
         super().__init__(*arguments)
         self._assigned: dict[str, float] = {}
         """Actor -> seconds of work that its engine has been given."""
+        self._serves_since: dict[str, float] = {}
 
     def _begin(self, actor: Simulated, ticket: Ticket) -> None:
         super()._begin(actor, ticket)
@@ -69,10 +70,13 @@ class MeasuredSwarm(Swarm):
         if not actor.welcomed:
             return
         held, unacked = tuple(actor.held), tuple(actor.unacked)
-        ahead = max(0.0, actor.engine_free_at - time.perf_counter())
+        now = time.perf_counter()
+        ahead = max(0.0, actor.engine_free_at - now)
         free = max(0, self._slots - len(held) - len(unacked))
-        busy_s = self._assigned.get(actor.name, 0.0) - ahead
-        self._send(actor, Heartbeat(held, unacked, free, actor.version, "serving", 1.0, busy_s=max(0.0, busy_s)))
+        busy_s = max(0.0, self._assigned.get(actor.name, 0.0) - ahead)
+        serving_s = now - self._serves_since.setdefault(actor.name, now) if actor.version else 0.0
+        beat = Heartbeat(held, unacked, free, actor.version, "serving", 1.0, busy_s=busy_s, serving_s=serving_s)
+        self._send(actor, beat)
 
 
 class SleepingLearner(Learner):

@@ -20,7 +20,7 @@ from rich.text import Text
 from deploy.dashboard.jsonl_tail import JsonlTail
 from deploy.progress import describe_phase, evals_line, minutes, sparkline, step_bar
 from learner.telemetry.events import read_events
-from learner.telemetry.rates import Rates, lately, over_time
+from learner.telemetry.rates import Rates, lately, over_time, unbroken
 from learner.telemetry.sample import SERVING, ActorSample, Sample
 from learner.telemetry.timeline import TimelineReader
 from protocol.config import Recipe, load_recipe
@@ -83,10 +83,10 @@ class RunWatch:
 
     def recent(self) -> list[Sample]:
         """What sparklines are drawn of: the last while of a run that goes on, all of one that has ended."""
-        newest = self.newest
+        newest, samples = self.newest, unbroken(self.samples)
         if newest is None or not self.alive:
-            return list(self.samples)
-        return [sample for sample in self.samples if newest.t - sample.t <= HISTORY_S]
+            return list(samples)
+        return [sample for sample in samples if newest.t - sample.t <= HISTORY_S]
 
 
 def show(run: RunDir, console: Console, once: bool = False, clock: Callable[[], float] = time.time) -> None:
@@ -139,8 +139,11 @@ def _heading(watch: RunWatch, now: float) -> RenderableType:
             rows.append(
                 Text(f"waiting {status.get('waited_s', 0.0):.0f} s for {status['waiting_for']}", style="yellow")
             )
-        if newest is not None and now - newest.t > SILENT_S:
-            rows.append(Text(f"no word from the learner for {now - newest.t:.0f} s", style="red"))
+        age = now - newest.t if newest is not None else 0.0
+        if age > SILENT_S:
+            rows.append(Text(f"no word from the learner for {age:.0f} s", style="red"))
+        elif age < -SILENT_S:
+            rows.append(Text(f"the learner's clock is {-age:.0f} s ahead, or was set back since", style="yellow"))
     if status.get("error"):
         rows.append(Text(str(status["error"]), style="red"))
     if status.get("guard"):

@@ -225,6 +225,8 @@ class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """The same summed over time: completion-seconds since the actor started."""
     paused_s: float = 0.0
     """Seconds that generation was paused for swaps, since the actor started."""
+    serving_s: float = 0.0
+    """Seconds since the engine served its first version."""
 
 
 class Probe(Message, frozen=True, tag="probe"):

@@ -2,7 +2,8 @@
 
 Every column is a sum that only grows, so that a mean or a rate over any piece of time is one subtraction: of a count,
 its increase; of a level, itself summed over samples. Counts begin anew with a learner's or an actor's process: each
-is continued where it was, and no rate is given across two learner processes. Fed by `readers.py`.
+is continued where it was, and no rate is given across two learner processes, nor across a clock that was set back.
+Fed by `readers.py`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 from deploy.dashboard.lanes import Lanes
-from learner.telemetry.sample import LEARNER_PHASES, SERVING, ActorSample, Sample
+from learner.telemetry.growth import ActorGrowth, Growth
+from learner.telemetry.sample import LEARNER_PHASES, SERVING, Sample
 
 RECENT_S = 20.0
 """An actor's tokens/s in the table are over so long."""
@@ -27,6 +29,8 @@ SMOOTH = 5
 
 LUMPS = ("rollout_tokens", "trained_tokens", "groups", "weights_bytes")
 """Counts that grow with each step, heartbeat, group or version: spread over the time since they grew last."""
+OF_ACTORS = {"tokens": "rollout_tokens", "busy_s": "busy_s", "paused_s": "paused_s", "serving_s": "serving_s"}
+"""Count of `growth.COUNTED` -> the column that has it of all actors together."""
 COUNTS = (*LUMPS, "busy_s", "paused_s", "serving_s", *(f"phase_{name}" for name in LEARNER_PHASES))
 LEVELS = (
     "queued", "leased", "backlog", "serving", "wanted", "version", "step", "lag", "fetch_s", "pause_s", "memory",
@@ -67,25 +71,26 @@ class History:
         self.newest: Sample | None = None
         self._columns: dict[str, list[float]] = {name: [] for name in (*COUNTS, *LEVELS)}
         self._breaks: list[int] = []
-        """Indices of the first samples of later learner processes."""
+        """Indices of the first samples of later learner processes, and of those after a clock was set back."""
         self._grew: dict[str, list[int]] = {name: [0, 0] for name in LUMPS}
         """Count -> indices at which it grew last, and the time before."""
-        self._actors: dict[str, ActorSample] = {}
-        self._drawn: dict[str, float] = {}
-        self._recent: deque[tuple[float, dict[str, float]]] = deque()
+        self._actors = ActorGrowth()
+        self._recent: deque[tuple[float, dict[str, Growth]]] = deque()
+        """Time of each of the last samples, and how much every actor had grown by then."""
 
     def see(self, sample: Sample) -> None:
-        """Take in the next sample; one that is not later than the last is known (the file was thinned out), or left out
-        (the clock was set back)."""
+        """Take in the next sample, in the file's order. One of a time that is known is known (the file was thinned out,
+        and is read anew). With any other that is not later than the last, the clock was set back: what is here of later
+        times was of a clock that went wrong, and is forgotten."""
         if self.newest is not None and sample.t <= self.newest.t:
-            return
+            if self._knows(sample.t):
+                return
+            self._forget_from(sample.t)
         index = len(self.times)
-        restarted = self.newest is not None and sample.process != self.newest.process
-        if restarted:
-            self._breaks.append(index)
-            self._grew = {name: [index, index] for name in LUMPS}
-            self._actors, self._recent = {}, deque()
-        increases = self._increases(sample, restarted or self.newest is None)
+        if self.newest is not None and sample.process != self.newest.process:
+            self._break_off()
+        growth = self._actors.see(sample)
+        increases = self._increases(sample, growth)
         levels = levels_of(sample)
         for name, column in self._columns.items():
             column.append((column[-1] if column else 0.0) + (increases[name] if name in increases else levels[name]))
@@ -94,29 +99,49 @@ class History:
             if increases[name] > 0:
                 self._spread(name, index)
         self.lanes.see(sample, self.newest)
-        self._keep_recent(sample)
+        self._keep_recent(sample.t, growth)
         self.newest = sample
 
-    def _increases(self, sample: Sample, first: bool) -> dict[str, float]:
-        """By how much each count has grown. A new process of an actor counts from 0, a new learner's from now."""
-        before = None if first else self.newest
+    def _knows(self, t: float) -> bool:
+        place = bisect_left(self.times, t)
+        return place < len(self.times) and self.times[place] == t
+
+    def _forget_from(self, t: float) -> None:
+        """Forget all samples of that time and later ones."""
+        index = bisect_left(self.times, t)
+        for column in (self.times, *self._columns.values()):
+            del column[index:]
+        self._breaks = [place for place in self._breaks if place < index]
+        self.lanes.cut(self.times[-1] if self.times else t)
+        self._actors, self.newest = ActorGrowth(), None
+        self._break_off()
+
+    def _break_off(self) -> None:
+        """No line leads to the next sample."""
+        index = len(self.times)
+        self._breaks.append(index)
+        self._grew = {name: [index, index] for name in LUMPS}
+        self._recent.clear()
+
+    def _increases(self, sample: Sample, actors: dict[str, Growth]) -> dict[str, float]:
+        """By how much each count has grown, since the sample before."""
         grown = dict.fromkeys(COUNTS, 0.0)
-        for name, actor in sample.actors.items():
-            old = self._actors.get(name)
-            again = old is None or actor.serving_s < old.serving_s or actor.tokens < old.tokens
-            base = ActorSample("starting") if again or old is None else old
-            if before is not None and actor.state != "gone":
-                self._drawn[name] = self._drawn.get(name, 0.0) + actor.tokens - base.tokens
-                grown["rollout_tokens"] += actor.tokens - base.tokens
-                for part in ("busy_s", "paused_s", "serving_s"):
-                    grown[part] += max(0.0, getattr(actor, part) - getattr(base, part))
-        self._actors |= {name: actor for name, actor in sample.actors.items() if actor.state != "gone"}
-        if before is not None:
+        for growth in actors.values():
+            for count, column in OF_ACTORS.items():
+                grown[column] += self._share_out(column, growth.counts[count], growth.since, sample.t)
+        if (before := self.newest) is not None and before.process == sample.process:
             for name in ("trained_tokens", "groups", "weights_bytes"):
                 grown[name] = max(0, getattr(sample, name) - getattr(before, name))
             for phase, seconds in sample.phases.items():
                 grown[f"phase_{phase}"] = max(0.0, seconds - before.phases.get(phase, 0.0))
         return grown
+
+    def _share_out(self, name: str, increase: float, since: float, until: float) -> float:
+        """Let an actor's count have grown evenly over samples that did not know it; returns what is the last one's."""
+        column, first = self._columns[name], bisect_right(self.times, since)
+        for between in range(first, len(self.times)):
+            column[between] += increase * (self.times[between] - since) / (until - since)
+        return increase * (until - self.times[-1]) / (until - since) if first < len(self.times) else increase
 
     def _spread(self, name: str, index: int) -> None:
         """Let a count that grew now have grown evenly since it grew last."""
@@ -126,17 +151,19 @@ class History:
             column[between] = low + (high - low) * (times[between] - times[since]) / span
         self._grew[name] = [index, since]
 
-    def _keep_recent(self, sample: Sample) -> None:
-        self._recent.append((sample.t, dict(self._drawn)))
-        while len(self._recent) > 2 and sample.t - self._recent[0][0] > RECENT_S:
+    def _keep_recent(self, t: float, growth: dict[str, Growth]) -> None:
+        self._recent.append((t, growth))
+        while len(self._recent) > 2 and t - self._recent[0][0] > RECENT_S:
             self._recent.popleft()
 
     def actor_rates(self) -> dict[str, float]:
         """Actor -> tokens a second, over the last `RECENT_S`."""
-        if len(self._recent) < 2:
-            return {}
-        (began, old), (now, new) = self._recent[0], self._recent[-1]
-        return {name: (tokens - old.get(name, 0.0)) / (now - began) for name, tokens in new.items()}
+        drawn: dict[str, float] = {}
+        for until, actors in islice(self._recent, 1, None):
+            for name, (since, counts) in actors.items():
+                inside = (until - max(since, self._recent[0][0])) / (until - since)
+                drawn[name] = drawn.get(name, 0.0) + counts["tokens"] * inside
+        return {name: tokens / (self._recent[-1][0] - self._recent[0][0]) for name, tokens in drawn.items()}
 
     # --- what the page asks for ---
 

@@ -45,6 +45,11 @@ class Lanes:
             else:
                 segments.append((before.t, sample.t, number))
 
+    def cut(self, until: float) -> None:
+        """Forget what was from then on."""
+        for name, segments in self._segments.items():
+            self._segments[name] = [(start, min(end, until), state) for start, end, state in segments if start < until]
+
     def between(self, since: float, until: float, cells: int) -> list[dict[str, Any]]:
         """[{"name", "segments": [[from, to, state], …]}], the learner first, then actors by number; times in seconds
         after `since`. Where there are more segments than can be seen, a cell has the state of most of its time."""

@@ -107,6 +107,8 @@ class Dispatcher:
         """Tickets that failed for good and are not in the journal yet."""
         self.trained = self.filtered = self.dropped = self.abandoned = 0
         self.duplicates = self.reissued = 0
+        self._redone_before = {"duplicates": 0, "reissued": 0}
+        """The same two as earlier processes of the run left them."""
 
     # --- towards actors ---
 
@@ -401,6 +403,10 @@ class Dispatcher:
             "reissued": self.reissued,
         }
 
+    def redone(self) -> dict[str, int]:
+        """ "duplicates" and "reissued" of this process alone; `counts` has them of the whole run."""
+        return {name: getattr(self, name) - before for name, before in self._redone_before.items()}
+
     def check(self) -> None:
         """Assert the accounting of both kinds and the staleness bound. A violation is a bug, no state to go on from."""
         live = len(self.train) + len(self.in_training)
@@ -449,6 +455,7 @@ class Dispatcher:
         whose group was journaled need no actor.
         """
         self._take_up(state, state.get("branch", FIRST_BRANCH), version, versions)
+        self._redone_before = {name: state[name] for name in self._redone_before}
         open_ = set(state["unfinished"])
         known = {group.id.index: group for group in journaled if group.id.epoch == self.branch}
         self._replay = {i: group for i, group in known.items() if i in open_ or i >= self.next_index}

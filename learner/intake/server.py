@@ -73,8 +73,6 @@ class Peer:
     drain: Drain | None = None
     """What it was told when it was sent home."""
     drained_at: float = 0.0
-    serving_s: float = 0.0
-    """Seconds in which it served a version, over its connections of this process."""
     engine_text: bytes = b""
     """What it said last of its engine (`protocol.engine_text`)."""
 
@@ -380,7 +378,6 @@ class IntakeServer(threading.Thread):
             self._forget(other)
             if (other.name, other.hello.incarnation) == (peer.name, hello.incarnation):  # sent home: it stays so
                 peer.drain, peer.drained_at = other.drain, other.drained_at
-                peer.serving_s = other.serving_s
         self.peers[peer_id] = self._named[hello.actor] = peer
         self.dispatcher.room_changed[peer.name] = None
         self.totals.max = max(self.totals.max, len(self.peers))
@@ -396,7 +393,6 @@ class IntakeServer(threading.Thread):
     def _heartbeat(self, peer: Peer, beat: Heartbeat, now: float) -> None:
         if peer.version:
             self.totals.serving_s += now - peer.beat_at
-            peer.serving_s += now - peer.beat_at
         if beat.version != peer.version:
             self.dispatcher.room_changed[peer.name] = None
         peer.beat, peer.beat_at = beat, now
@@ -423,7 +419,8 @@ class IntakeServer(threading.Thread):
             return f"serves version {state.version}, this run has announced {newest}"
         if isinstance(state, Heartbeat):
             figures = (
-                state.phase_s, state.busy_s, state.fetch_s, state.pause_s, state.running_s, state.paused_s
+                state.phase_s, state.busy_s, state.fetch_s, state.pause_s, state.running_s, state.paused_s,
+                state.serving_s,
             )  # fmt: skip
             if not all(math.isfinite(figure) and figure >= 0 for figure in figures):
                 return f"figures {figures}, expected finite ones"

@@ -28,8 +28,8 @@ from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
 from learner.telemetry.registry import METRICS, STEP_BUCKETS, Metric
-from learner.telemetry.sample import ActorSample, Sample
-from learner.telemetry.values import Values, has_counts, of_figures, of_sample
+from learner.telemetry.sample import ActorSample, Sample, has_counts
+from learner.telemetry.values import Values, of_figures, of_sample
 from protocol.addresses import bind_address
 from protocol.config import Recipe
 from protocol.errors import RecipeError
@@ -69,16 +69,15 @@ class Growing:
     """Keeps counters from ever going back while what they count is the same process."""
 
     def __init__(self) -> None:
-        self._before: dict[str, ActorSample] = {}
+        self._incarnations: dict[str, str] = {}
         self._reached: dict[tuple[str, tuple[str, ...]], float] = {}
 
     def forget_restarted(self, actors: Mapping[str, ActorSample]) -> None:
         """An actor that is another process than before begins anew, and so may its counters."""
         for name, now in ((name, actor) for name, actor in actors.items() if has_counts(actor)):
-            before = self._before.get(name)
-            if before and (now.tokens < before.tokens or now.busy_s < before.busy_s):
+            if self._incarnations.setdefault(name, now.incarnation) != now.incarnation:
                 self._reached = {key: value for key, value in self._reached.items() if key[1][:1] != (name,)}
-            self._before[name] = now
+            self._incarnations[name] = now.incarnation
 
     def __call__(self, metric: str, values: Values) -> Values:
         for labels, value in values.items():

@@ -1,26 +1,27 @@
-"""Rates and shares between two samples of a run. Pure; used by `deploy/status.py` and the dashboard.
+"""Rates and shares between samples of a run. Pure; used by `deploy/status.py`.
 
-A count that is smaller than before belongs to a process that was started again: it began at zero.
+A count of the learner's that is smaller than before belongs to a process that was started again: it began at zero. Of
+actors `growth.py` knows that. Where the clock was set back nothing can be said: only samples since then are looked at.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from learner.telemetry.sample import ActorSample, Sample, parts_of_serving
-
-NEVER = ActorSample("gone")
+from learner.telemetry.growth import ActorGrowth
+from learner.telemetry.sample import Sample, parts_of_serving
 
 
 def grown(before: float, now: float) -> float:
-    """How much a count has grown."""
+    """How much a count of the learner's has grown."""
     return now - before if now >= before else now
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What happened between two samples. Rates are per second."""
+    """What happened from a first sample to a last one. Rates are per second."""
 
     seconds: float
     groups: float
@@ -38,22 +39,22 @@ class Rates:
     """Actor -> completion tokens that it drew."""
 
     @classmethod
-    def between(cls, before: Sample, now: Sample) -> Rates:
-        """`before` is the earlier one; nothing at all happened between a sample and itself."""
+    def between(cls, *samples: Sample) -> Rates:
+        """From the first to the last, oldest first. Those between tell more of actors that came and went meanwhile.
+        Nothing at all happened between a sample and itself."""
+        before, now = samples[0], samples[-1]
         seconds = max(now.t - before.t, 1e-9)
-        same = {
-            name: (before.actors.get(name, NEVER), actor) for name, actor in now.actors.items() if actor.state != "gone"
-        }
-        tokens_of = {name: grown(old.tokens, new.tokens) / seconds for name, (old, new) in same.items()}
-        served, busy, paused = (
-            sum(grown(getattr(old, what), getattr(new, what)) for old, new in same.values())
-            for what in ("serving_s", "busy_s", "paused_s")
-        )
-        spent = parts_of_serving(served, busy, paused)
+        actors, drawn, whole = ActorGrowth(), defaultdict[str, float](float), defaultdict[str, float](float)
+        for sample in samples:
+            for name, growth in actors.see(sample).items():
+                drawn[name] += growth.counts["tokens"]
+                for what, count in growth.counts.items():
+                    whole[what] += count
+        spent = parts_of_serving(whole["serving_s"], whole["busy_s"], whole["paused_s"])
         return cls(
             seconds=seconds,
             groups=grown(before.groups, now.groups) / seconds,
-            drawn_tokens=sum(tokens_of.values()),
+            drawn_tokens=whole["tokens"] / seconds,
             accepted_tokens=grown(before.tokens, now.tokens) / seconds,
             trained_tokens=grown(before.trained_tokens, now.trained_tokens) / seconds,
             weight_bytes=grown(before.weights_bytes, now.weights_bytes) / seconds,
@@ -63,7 +64,7 @@ class Rates:
                 else now.phases
             ),
             actors=_shares(spent),
-            tokens_of=tokens_of,
+            tokens_of={name: drawn[name] / seconds for name, actor in now.actors.items() if actor.state != "gone"},
         )
 
 
@@ -75,6 +76,7 @@ def _shares(seconds: Mapping[str, float]) -> dict[str, float]:
 
 def over_time(samples: Sequence[Sample], points: int) -> list[Rates]:
     """Rates over at most `points` stretches of equal length of the time that the samples cover, oldest first."""
+    samples = unbroken(samples)
     if len(samples) < 2:
         return []
     length = (samples[-1].t - samples[0].t) / points
@@ -88,8 +90,16 @@ def over_time(samples: Sequence[Sample], points: int) -> list[Rates]:
 
 def lately(samples: Sequence[Sample], seconds: float) -> Rates | None:
     """Rates over the last so many seconds; None without two samples."""
-    recent = list(_backwards(samples, seconds))
-    return Rates.between(recent[-1], recent[0]) if len(recent) > 1 else None
+    recent = list(_backwards(unbroken(samples), seconds))
+    return Rates.between(*reversed(recent)) if len(recent) > 1 else None
+
+
+def unbroken(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """The newest samples, back to where the clock was set back, or the file was read anew."""
+    for index in range(len(samples) - 1, 0, -1):
+        if samples[index].t <= samples[index - 1].t:
+            return list(samples)[index:]
+    return samples
 
 
 def _backwards(samples: Sequence[Sample], seconds: float) -> Iterable[Sample]:

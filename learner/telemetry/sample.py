@@ -1,7 +1,8 @@
 """A sample: what a run is doing at one moment. One line of timeline.jsonl each; exporter, advisor and pages read it.
 
-Counts and seconds are absolute and only grow while the learner's process lives; whoever wants a rate subtracts two
-samples, whichever are left (`timeline.py` thins them out). A restarted learner or actor begins at zero. Pure data.
+Counts and seconds are absolute and only grow while the process lives that they are of; whoever wants a rate subtracts
+two samples, whichever are left (`timeline.py` thins them out). A restarted learner (`Sample.process`) or actor
+(`ActorSample.incarnation`) begins at zero; an actor that outlives its learner goes on. Pure data.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ LEARNER_PHASES: tuple[LearnerPhase, ...] = (
 
 CONNECTING = "connecting"
 """`ActorSample.phase` of one that is connected and has sent no heartbeat: its counts are not known."""
+INCARNATION_CHARACTERS = 16
+"""What a sample keeps of an incarnation: an actor may call itself whatever it likes."""
 
 
 class ActorSample(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -40,7 +43,7 @@ class ActorSample(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: int = 0
     """Completion tokens drawn."""
     serving_s: float = 0.0
-    """Seconds in which it served a version, as the learner saw it; the next four are parts of it, by its own clock."""
+    """Seconds since it served its first version, also those without a learner; the next three are parts of it."""
     busy_s: float = 0.0
     """Seconds with at least one request in the engine."""
     running_s: float = 0.0
@@ -54,6 +57,8 @@ class ActorSample(msgspec.Struct, frozen=True, omit_defaults=True):
     swaps: int = 0
     grader_errors: int = 0
     rss_bytes: int = 0
+    incarnation: str = ""
+    """Of its process: another one means that it was started again, and all counts with it. "" in older timelines."""
 
 
 class Advice(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -96,7 +101,11 @@ class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
     trained_tokens: int = 0
     """Tokens that went through forward and backward."""
     tickets: dict[str, int] = {}
-    """`Dispatcher.counts`."""
+    """`Dispatcher.counts`, of the whole run."""
+    reissued: int = 0
+    """Tickets issued again by this process, of those in `tickets`."""
+    duplicates: int = 0
+    """Groups that came to this process twice or too late, likewise."""
     backlog: int = 0
     """Tickets that may be issued and that no actor has room for."""
     versions: int = 0
@@ -117,7 +126,13 @@ class Sample(msgspec.Struct, frozen=True, omit_defaults=True):
     advice: Advice | None = None
 
 
+def has_counts(actor: ActorSample) -> bool:
+    """Whether a heartbeat has told of it: the zeros of one that is gone, or back and not heard of yet, are none."""
+    return actor.state != "gone" and actor.phase != CONNECTING
+
+
 def parts_of_serving(serving_s: float, busy_s: float, paused_s: float) -> dict[str, float]:
-    """State in `SERVING` -> seconds in it. The three are of two clocks, so the parts are cut to fit the whole."""
+    """State in `SERVING` -> seconds in it. A pause is told when it is over, and requests may wait in the engine or not
+    meanwhile: no part is below zero."""
     generating = max(0.0, busy_s - paused_s)
     return {"generating": generating, "updating": paused_s, "waiting": max(0.0, serving_s - generating - paused_s)}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from learner.telemetry.clock import PhaseClock
-from learner.telemetry.sample import CONNECTING, ActorSample, ActorState, Sample
+from learner.telemetry.sample import CONNECTING, INCARNATION_CHARACTERS, ActorSample, ActorState, Sample
 from protocol.memory import resident_bytes
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ class Sampler:
         self.trained_tokens = 0
         """By this process; a step adds to it."""
         self.clock, self.step, self.doing, self.memory = clock, step, doing, memory
-        self._before: dict[str, tuple[str, ActorSample]] = {}
-        """Actor -> its incarnation and its part of the sample before."""
+        self._before: dict[str, ActorSample] = {}
+        """Actor -> its part of the sample before."""
 
     def take(self) -> Sample:
         """The run as it is now."""
@@ -68,13 +68,13 @@ class Sampler:
             room = int(server.welcome.engine.get("max_running", 0))
             present = {name: self._actor(peer, room) for name, peer in peers.items()}
             known = set(server.known.incarnations)
-            incarnations = {name: peer.hello.incarnation for name, peer in peers.items()}
             fields: dict[str, Any] = {
                 "version": server.hub.shelf.version,
                 "waits": _rounded(waits),
                 "groups": server.groups_accepted,
                 "tokens": server.rollout_tokens,
                 "tickets": server.dispatcher.counts(),
+                **server.dispatcher.redone(),
                 "backlog": server.dispatcher.backlog(),
                 "versions": publisher.published,
                 "weights_bytes": server.hub.bytes_sent,
@@ -85,14 +85,13 @@ class Sampler:
                 "dropped": server.hub.faults.counts | server.hub.turned_away.counts,
             }
         gone = {name: ActorSample("gone") for name in sorted(known - present.keys())}
-        self._before = {name: (incarnations[name], sample) for name, sample in present.items()}
+        self._before = present
         return fields | {"actors": present | gone}
 
     def _actor(self, peer: Peer, room: int) -> ActorSample:
         beat = peer.beat
         if beat is None:
             return ActorSample("starting", CONNECTING, room=room)
-        incarnation, before = self._before.get(peer.name, ("", None))
         sample = ActorSample(
             state="starting",
             phase=beat.phase,
@@ -101,7 +100,7 @@ class Sampler:
             running=beat.running,
             room=room,
             tokens=beat.generated_tokens,
-            serving_s=round(peer.serving_s, 3),
+            serving_s=round(beat.serving_s, 3),
             busy_s=round(beat.busy_s, 3),
             running_s=round(beat.running_s, 3),
             paused_s=round(beat.paused_s, 3),
@@ -110,8 +109,10 @@ class Sampler:
             swaps=beat.swaps,
             grader_errors=beat.grader_errors,
             rss_bytes=beat.rss_bytes,
+            incarnation=peer.hello.incarnation[:INCARNATION_CHARACTERS],
         )
-        same = before if before is not None and incarnation == peer.hello.incarnation else None
+        before = self._before.get(peer.name)
+        same = before if before is not None and before.incarnation == sample.incarnation else None
         return msgspec.structs.replace(sample, state=actor_state(same, sample, peer.drain is not None))
 
 

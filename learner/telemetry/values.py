@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from learner.telemetry.registry import METRICS
 from learner.telemetry.sample import (
     ACTOR_STATES,
-    CONNECTING,
     LEARNER_PHASES,
     SERVING,
     ActorSample,
     Sample,
+    has_counts,
     parts_of_serving,
 )
 
@@ -71,8 +71,8 @@ def _of_intake(sample: Sample) -> dict[str, Values]:
         "tandem_groups_accepted_total": {(): sample.groups},
         "tandem_accepted_tokens_total": {(): sample.tokens},
         "tandem_tickets": {(state,): count for state, count in tickets.items() if state not in NO_STATES},
-        "tandem_tickets_reissued_total": {(): tickets["reissued"]},
-        "tandem_groups_duplicate_total": {(): tickets["duplicates"]},
+        "tandem_tickets_reissued_total": {(): sample.reissued},
+        "tandem_groups_duplicate_total": {(): sample.duplicates},
         "tandem_queue_groups": {(): tickets["queued"]},
         "tandem_leases": {(): tickets["leased"]},
         "tandem_backlog_tickets": {(): sample.backlog},
@@ -101,11 +101,6 @@ def _of_actors(sample: Sample, before: Sample | None) -> dict[str, Values]:
     return found
 
 
-def has_counts(actor: ActorSample) -> bool:
-    """Whether a heartbeat has told of it."""
-    return actor.state != "gone" and actor.phase != CONNECTING
-
-
 def _of_actor(actor: ActorSample) -> dict[str, Values]:
     spent = parts_of_serving(actor.serving_s, actor.busy_s, actor.paused_s)
     found: dict[str, Values] = {
@@ -129,7 +124,7 @@ def _of_actor(actor: ActorSample) -> dict[str, Values]:
 
 def occupancy(before: ActorSample | None, now: ActorSample) -> float | None:
     """Requests in the engine as a share of what fits, mean between two samples of a process; None if they are not."""
-    if before is None or not now.room:
+    if before is None or before.incarnation != now.incarnation or not now.room:
         return None
     passed, running = now.serving_s - before.serving_s, now.running_s - before.running_s
     return min(1.0, running / (passed * now.room)) if passed > 0 and running >= 0 else None

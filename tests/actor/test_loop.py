@@ -158,6 +158,24 @@ async def test_actor_introduces_itself_with_its_absolute_state() -> None:
             assert beat.rss_bytes > 10_000_000
 
 
+async def test_serving_time_begins_with_the_first_version_and_goes_on_over_another_hello() -> None:
+    with ScriptedLearner() as learner:
+        async with running(learner, FakeEngine(), version=0) as (actor, _):
+            beats = len(learner.all(Heartbeat))
+            assert {beat.serving_s for beat in await learner.wait_for(Heartbeat, beats + 2)} == {0.0}
+            await learner.publish(1)
+            await until(lambda: learner.all(Heartbeat)[-1].serving_s > 0)
+            await asyncio.sleep(learner.welcome.heartbeat_s)
+            before, hellos = learner.all(Heartbeat)[-1], len(learner.all(Hello))
+            await learner.send(Rehello())
+            await learner.wait_for(Hello, hellos + 1)
+            await learner.publish(2)
+            await until(lambda: learner.all(Heartbeat)[-1].version == 2)
+            after = learner.all(Heartbeat)[-1]
+            assert after.serving_s > before.serving_s > 0 and after.swaps == 2
+            assert actor.weights.serving_s >= after.serving_s >= after.busy_s
+
+
 async def test_hello_is_repeated_until_the_learner_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop_module, "HELLO_EVERY_S", 0.05)
     with ScriptedLearner(welcomes=False) as learner:

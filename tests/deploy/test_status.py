@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -112,6 +113,24 @@ def test_status_of_a_learner_without_a_word(run: RunDir) -> None:
     with run.lock("learner"):
         assert "no word from the learner for 100 s" in text_of(run, now=BEGAN + 160)
     assert "no word" not in text_of(run, now=BEGAN + 160), "nobody is expected to say anything"
+
+
+def test_status_of_a_learner_whose_clock_is_ahead(run: RunDir) -> None:
+    with run.lock("learner"):
+        assert "the learner's clock is 3540 s ahead" in text_of(run, now=BEGAN + 60 - 3540)
+        assert "ahead" not in text_of(run, now=BEGAN + 59)
+
+
+def test_status_after_the_clock_was_set_back_shows_what_came_since(run: RunDir) -> None:
+    timeline = Timeline(run.timeline, 1.0)
+    for t in range(61, 101):
+        timeline.write(msgspec.structs.replace(sample(t), t=BEGAN - 3600 + t))
+    timeline.close()
+    with run.lock("learner"):
+        text = text_of(run, now=BEGAN - 3500)
+    rollout, learner = line_with(text, "rollout  "), line_with(text, "learner  ")
+    assert "  100  " in rollout and "  80  " in learner and "last 0:39" in text
+    assert "ahead" not in text and "no word" not in text
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])

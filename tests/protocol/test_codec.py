@@ -261,7 +261,7 @@ MANIFEST = m.Manifest(2, 1, (m.TensorSpec("w", "bfloat16", (2, 3), 0, "d"),), 12
 DELTA = m.Delta(2, 1, "f", "e", (m.DeltaPart(1, "delta", 3),), 3, "g")
 GOLDEN: list[tuple[Any, str]] = [
     (m.Hello("actor-0", "ab12", 4, (m.TicketId(0, 1),), (), 3, 42, "node"), "229bb531fc4670a9"),
-    (m.Heartbeat((m.TicketId(0, 1),), (m.TicketId(0, 2),), 2, 3, "serving", 1.5), "70341f7f6f424b94"),
+    (m.Heartbeat((m.TicketId(0, 1),), (m.TicketId(0, 2),), 2, 3, "serving", 1.5), "37eb7fb2340ad59c"),
     (a_group(), "fa2fc21c6a854f3b"),
     (m.Failed(m.TicketId(0, 1), 2, "why"), "02fcf3da40527725"),
     (m.Goodbye("drained"), "825e2f3b94b460ff"),

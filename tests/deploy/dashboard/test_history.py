@@ -10,7 +10,7 @@ import pytest
 from deploy.dashboard.history import SMOOTH, History
 from deploy.dashboard.lanes import STATES, Lanes
 from deploy.dashboard.readers import Readers
-from learner.telemetry.sample import ActorSample, Sample
+from learner.telemetry.sample import CONNECTING, ActorSample, Sample
 from learner.telemetry.timeline import Timeline
 from protocol.rundir import RunDir
 
@@ -18,6 +18,11 @@ from protocol.rundir import RunDir
 def sample(t: float, drawn: int = 0, trained: int = 0, process: int = 1, **fields: Any) -> Sample:
     actors = fields.pop("actors", {"actor-0": ActorSample("generating", tokens=drawn, serving_s=t, busy_s=t / 2)})
     return Sample(t=t, process=process, actors=actors, trained_tokens=trained, phases={"training": t}, **fields)
+
+
+def worker(tokens: int, serving: float, incarnation: str = "p1") -> ActorSample:
+    """One that is busy for half of its time."""
+    return ActorSample("generating", tokens=tokens, serving_s=serving, busy_s=serving / 2, incarnation=incarnation)
 
 
 def history(*samples: Sample) -> History:
@@ -75,12 +80,8 @@ def test_a_new_learner_process_cuts_the_lines_and_counts_from_zero() -> None:
 
 
 def test_a_restarted_actor_counts_on_from_where_it_was() -> None:
-    before = [
-        sample(float(t), actors={"a": ActorSample("generating", tokens=10 * t, serving_s=t)}) for t in range(1, 31)
-    ]
-    after = [
-        sample(30.0 + t, actors={"a": ActorSample("generating", tokens=10 * t, serving_s=t)}) for t in range(1, 31)
-    ]
+    before = [sample(float(t), actors={"a": worker(10 * t, t)}) for t in range(1, 31)]
+    after = [sample(30.0 + t, actors={"a": worker(10 * t, t, "p2")}) for t in range(1, 31)]
     made = history(*before, *after)
     assert {round(v or 0, 3) for v in values(made.series(0, 60), "rollout_tokens_per_s")} == {10.0}
     assert made.actor_rates() == {"a": pytest.approx(10.0)}
@@ -91,9 +92,89 @@ def test_levels_are_means_over_the_time_before_a_point() -> None:
     assert values(made.series(0, 20), "queued")[-1] == pytest.approx(4.0, abs=8 / (20 * SMOOTH))
 
 
-def test_a_clock_that_was_set_back_costs_samples_and_no_more() -> None:
-    made = history(sample(10.0, 100), sample(11.0, 110), sample(5.0, 120), sample(12.0, 120))
-    assert made.times == [10.0, 11.0, 12.0]
+LIFETIME = 10_000_000
+
+
+def at_work(t: int, process: int = 1, **others: ActorSample) -> Sample:
+    """An actor that has been at work for long draws 1000 tokens a second."""
+    return sample(float(t), process=process, actors={"a": worker(LIFETIME + 1000 * t, 9000 + t), **others})
+
+
+def silent(t: int, actor: ActorSample, process: int = 1, **others: ActorSample) -> Sample:
+    return sample(float(t), process=process, actors={"a": actor, **others})
+
+
+CONNECTED = ActorSample("starting", CONNECTING)
+
+
+def test_an_actor_that_was_buried_and_came_back_goes_on_where_it_was() -> None:
+    made = history(
+        *(at_work(t, b=worker(100 * t, t)) for t in range(1, 51)),
+        *(silent(t, ActorSample("gone"), b=worker(100 * t, t)) for t in range(51, 80)),
+        silent(80, CONNECTED, b=worker(8000, 80)),
+        *(at_work(t, b=worker(100 * t, t)) for t in range(81, 121)),
+    )
+    found = made.series(0, 120)
+    assert set(values(found, "rollout_tokens_per_s")) == {1100.0}, "what it drew in silence is spread over the silence"
+    assert set(values(found, "busy_share")) == {0.5}
+    assert made.increase("rollout_tokens", 0, -1) == pytest.approx(119 * 1100)
+    assert made.actor_rates() == {"a": pytest.approx(1000), "b": pytest.approx(100)}
+
+
+def test_an_actor_that_comes_back_shows_its_rate_at_once() -> None:
+    made = history(at_work(1), *(silent(t, ActorSample("gone")) for t in range(2, 300)), at_work(300))
+    assert made.actor_rates() == {"a": pytest.approx(1000)}
+
+
+def test_an_actor_that_outlives_its_learner_goes_on_where_it_was() -> None:
+    made = history(
+        *(at_work(t) for t in range(1, 51)),
+        silent(100, ActorSample("gone"), process=2),
+        silent(101, CONNECTED, process=2),
+        *(at_work(t, process=2) for t in range(102, 151)),
+    )
+    found = made.series(0, 150)
+    by_time = dict(zip(found["t"], values(found, "rollout_tokens_per_s"), strict=True))
+    assert by_time.pop(100.0) is None and set(by_time.values()) == {1000.0}
+    assert set(values(found, "busy_share")) == {0.5, None}
+    assert made.increase("rollout_tokens", 0, -1) == pytest.approx(149 * 1000)
+
+
+def test_an_actor_of_which_no_earlier_sample_tells_is_counted_from_then_on() -> None:
+    made = history(sample(1.0, actors={}), sample(2.0, actors={}), *(at_work(t) for t in range(3, 23)))
+    assert made.increase("rollout_tokens", 0, -1) == 19_000
+
+
+def test_after_a_clock_that_was_set_back_the_page_goes_on_at_once() -> None:
+    made = history(*(sample(float(t), 10 * t) for t in range(1, 101)))
+    for t in range(41, 61):
+        made.see(sample(t + 0.5, 1000 + 30 * (t - 40), actors={"a": worker(1000 + 30 * (t - 40), 100 + t - 40)}))
+        assert made.newest is not None and made.times[-1] == made.newest.t == t + 0.5
+    assert made.times == [*map(float, range(1, 42)), *(t + 0.5 for t in range(41, 61))]
+    found = made.series(0, 120)
+    by_time = dict(zip(found["t"], values(found, "rollout_tokens_per_s"), strict=True))
+    assert by_time.pop(41.5) is None, "no line leads there"
+    assert {value for time, value in by_time.items() if time < 41.5} == {10.0}
+    assert {value for time, value in by_time.items() if time > 41.5} == {30.0}
+    learner = next(lane for lane in made.lanes.between(0.0, 60.5, 100) if lane["name"] == "learner")
+    assert [(start, end) for start, end, _ in learner["segments"]] == [(1.0, 41.0), (41.5, 60.5)]
+
+
+def test_a_clock_that_was_set_back_to_before_the_first_sample_leaves_nothing_of_before() -> None:
+    made = history(*(sample(100.0 + t, 10 * t) for t in range(10)), *(sample(float(t), 90 + 20 * t) for t in range(5)))
+    assert made.times == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert set(values(made.series(0, 20), "rollout_tokens_per_s")) == {20.0}
+
+
+def test_a_file_that_is_read_anew_ends_as_it_did_also_where_the_clock_was_set_back() -> None:
+    samples = [sample(t, round(10 * t)) for t in (*range(1, 41), *(20.5 + t for t in range(40)))]
+    made = history(*samples)
+    end = made.times[-1]
+    for one in samples[1::2]:
+        made.see(one)
+    assert made.times[-1] == end and made.times == sorted(set(made.times))
+    made.see(sample(61.0, 610))
+    assert values(made.series(55, 20), "rollout_tokens_per_s")[-1] == pytest.approx(10.0, rel=0.2)
 
 
 # --- lanes ------------------------------------------------------------------------------------------------------------

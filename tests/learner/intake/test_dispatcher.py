@@ -158,6 +158,25 @@ def test_restore_queues_journaled_groups_and_issues_the_rest_again() -> None:
     assert TicketId(0, 6) in resumed.train.queued, "its journaled group needs no actor"
 
 
+def test_a_resumed_run_counts_what_was_done_anew_in_all_and_by_this_process() -> None:
+    dispatcher = make_dispatcher(groups_per_step=2, max_lag=1, steps=5)
+    for ticket in issue_all(dispatcher)[:3]:
+        dispatcher.give_back(ticket.id, "a", "lost")
+    dispatcher.receive(group_of(make_ticket(0)))
+    dispatcher.receive(group_of(make_ticket(0)))
+    assert dispatcher.redone() == {"duplicates": 1, "reissued": 3}
+
+    resumed = make_dispatcher(groups_per_step=2, max_lag=1, steps=5)
+    resumed.restore(dispatcher.state(), [], version=2)
+    assert resumed.redone() == {"duplicates": 0, "reissued": 0}
+    resumed.published(0, 2)
+    resumed.give_back(issue_all(resumed, version=2)[0].id, "a", "lost")
+    assert resumed.redone() == {"duplicates": 0, "reissued": 1}
+    assert {name: resumed.counts()[name] for name in resumed.redone()} == {"duplicates": 1, "reissued": 4}
+    resumed.roll_back(resumed.state(), 1, 3)
+    assert resumed.redone() == {"duplicates": 0, "reissued": 1}, "a rollback is no new process"
+
+
 def test_restore_keeps_the_place_of_a_ticket_that_failed_after_the_checkpoint() -> None:
     dispatcher = make_dispatcher(groups_per_step=2, max_lag=0, max_attempts=1)
     state = dispatcher.state()

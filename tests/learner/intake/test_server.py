@@ -416,6 +416,7 @@ def test_only_the_newest_of_two_actors_with_one_name_takes_part(tmp_path: Path) 
         ({"pause_s": math.nan}, "figures"),
         ({"busy_s": math.inf}, "figures"),
         ({"phase_s": -1.0}, "figures"),
+        ({"serving_s": -1.0}, "figures"),
         ({"version": 2}, "serves version 2, this run has announced 1"),
         ({"version": -1}, "serves version -1"),
         ({"held": tuple(TicketId(0, n) for n in range(10_001))}, "10001 tickets listed, allowed: 10000"),

@@ -34,6 +34,7 @@ Page = dict[str, dict[tuple[tuple[str, str], ...], float]]
 ACTOR = ActorSample(
     "generating", "serving", version=3, held=2, running=5, room=8, tokens=100, serving_s=10.0, busy_s=8.0,
     running_s=40.0, paused_s=1.0, pause_s=0.5, fetch_s=0.25, swaps=2, grader_errors=1, rss_bytes=1 << 20,
+    incarnation="p1",
 )  # fmt: skip
 
 
@@ -46,7 +47,7 @@ TICKETS = {"issued": 9, "trained": 4, "queued": 2, "leased": 3, "duplicates": 6,
 SAMPLE = Sample(
     t=1000.0, process=1, step=2, version=3, phase="training", phases={"training": 5.0, "waiting": 2.0},
     waits={"groups": 1.5}, groups=5, tokens=90, trained_tokens=70, tickets=TICKETS, backlog=4, versions=3,
-    weights_bytes=500, dense_bytes=200, wanted=2, started=2, restarted=1,
+    reissued=5, duplicates=3, weights_bytes=500, dense_bytes=200, wanted=2, started=2, restarted=1,
     actors={"actor-0": ACTOR, "actor-1": ActorSample("gone")}, dropped={"malformed": 8}, memory={"resident": 10},
     advice=Advice("rollout", "rollout-bound", 0.6, 0.9, 3, 1.5),
 )  # fmt: skip
@@ -142,7 +143,8 @@ def test_values_come_from_sample_and_step() -> None:
     assert {dict(labels)["state"]: value for labels, value in seconds.items()} == {
         "generating": 7.0, "updating": 1.0, "waiting": 3.0,
     }  # fmt: skip
-    assert page["tandem_tickets_reissued_total"] == {(): 7} and page["tandem_groups_duplicate_total"] == {(): 6}
+    assert page["tandem_tickets_reissued_total"] == {(): 5}, "those of this process: counters begin at zero with it"
+    assert page["tandem_groups_duplicate_total"] == {(): 3}
     assert {dict(labels)["state"] for labels in page["tandem_tickets"]} == set(TICKETS) - {"duplicates", "reissued"}
     assert page["tandem_bottleneck"][(("side", "rollout"),)] == 1 and sum(page["tandem_bottleneck"].values()) == 1
     assert page["tandem_reward_mean"] == {(): 0.5}
@@ -193,23 +195,29 @@ def seen(metrics: RunMetrics, **changes: Any) -> Page:
     return page_of(metrics)
 
 
+def generated(page: Page) -> float:
+    return page["tandem_actor_seconds_total"][(("actor", "actor-0"), ("state", "generating"))]
+
+
 def waited(page: Page) -> float:
     return page["tandem_actor_seconds_total"][(("actor", "actor-0"), ("state", "waiting"))]
 
 
-def test_a_counter_out_of_two_clocks_does_not_go_back() -> None:
+def test_a_counter_out_of_differences_does_not_go_back() -> None:
     metrics = RunMetrics(recipe_of())
-    assert waited(seen(metrics, serving_s=10.0, busy_s=8.0)) == 2.0
-    assert waited(seen(metrics, serving_s=10.5, busy_s=9.0)) == 2.0, "the actor's own clock is ahead by half a second"
-    assert waited(seen(metrics, serving_s=13.0, busy_s=9.5)) == 3.5
+    assert generated(seen(metrics, serving_s=10.0, busy_s=8.0, paused_s=1.0)) == 7.0
+    assert generated(seen(metrics, serving_s=10.5, busy_s=8.5, paused_s=3.0)) == 7.0, "a pause is told at its end"
+    assert generated(seen(metrics, serving_s=13.0, busy_s=11.0, paused_s=3.0)) == 8.0
 
 
 def test_counters_of_a_restarted_actor_begin_anew() -> None:
     metrics = RunMetrics(recipe_of())
     seen(metrics, tokens=100, busy_s=8.0)
-    page = seen(metrics, tokens=3, busy_s=0.1, serving_s=0.2, paused_s=0.0)
+    page = seen(metrics, tokens=3, busy_s=0.1, serving_s=0.2, paused_s=0.0, incarnation="p2")
     assert page["tandem_rollout_tokens_total"] == {(("actor", "actor-0"),): 3}
     assert waited(page) == pytest.approx(0.1)
+    page = seen(metrics, tokens=200, busy_s=9.0, serving_s=50.0, paused_s=0.0, incarnation="p3")
+    assert (generated(page), waited(page)) == (9.0, 41.0)
 
 
 @pytest.mark.parametrize("silent", [{"state": "gone"}, {"state": "starting", "phase": "connecting"}])
@@ -220,7 +228,15 @@ def test_an_actor_without_a_heartbeat_shows_no_counts_and_goes_on_with_them(sile
     page = page_of(metrics)
     assert "tandem_rollout_tokens_total" not in page and "tandem_actor_seconds_total" not in page
     assert page["tandem_actor_up"] == {(("actor", "actor-0"),): float(silent["state"] != "gone")}
-    assert waited(seen(metrics, serving_s=1.0)) == 2.0, "the same process, over a new connection"
+    assert waited(seen(metrics, serving_s=70.0, busy_s=9.0)) == 61.0, "the same process, a minute later"
+
+
+def test_occupancy_is_of_one_process() -> None:
+    metrics = RunMetrics(recipe_of())
+    seen(metrics, serving_s=10.0, running_s=40.0)
+    assert "tandem_actor_occupancy_ratio" not in seen(metrics, serving_s=20.0, running_s=50.0, incarnation="p2")
+    page = seen(metrics, serving_s=30.0, running_s=90.0, incarnation="p2")
+    assert page["tandem_actor_occupancy_ratio"] == {(("actor", "actor-0"),): 0.5}
 
 
 # --- HTTP -------------------------------------------------------------------------------------------------------------

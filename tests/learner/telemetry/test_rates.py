@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from learner.telemetry.rates import Rates, lately, over_time
-from learner.telemetry.sample import ActorSample, Sample
+from learner.telemetry.rates import Rates, lately, over_time, unbroken
+from learner.telemetry.sample import CONNECTING, ActorSample, Sample
 
 
-def actor(tokens: int, serving: float, busy: float, paused: float = 0.0) -> ActorSample:
-    return ActorSample("generating", tokens=tokens, serving_s=serving, busy_s=busy, paused_s=paused)
+def actor(tokens: int, serving: float, busy: float, paused: float = 0.0, incarnation: str = "p1") -> ActorSample:
+    return ActorSample(
+        "generating", tokens=tokens, serving_s=serving, busy_s=busy, paused_s=paused, incarnation=incarnation
+    )
 
 
 BEFORE = Sample(
@@ -36,8 +38,34 @@ def test_rates_between_two_samples() -> None:
 
 
 def test_rates_of_a_restarted_actor_count_from_zero() -> None:
-    again = Sample(t=110, process=1, actors={"a": actor(50, 1, 1)})
+    again = Sample(t=110, process=1, actors={"a": actor(50, 1, 1, incarnation="p2")})
     assert Rates.between(BEFORE, again).tokens_of == {"a": 5}
+
+
+@pytest.mark.parametrize("process", [1, 2])
+@pytest.mark.parametrize("silent", [ActorSample("gone"), ActorSample("starting", CONNECTING), None])
+def test_rates_do_not_count_anew_what_an_actor_did_before_its_silence(silent: ActorSample | None, process: int) -> None:
+    """It was buried, or its learner died; it has drawn ten million tokens, at a thousand a second."""
+    lost = [Sample(t=100.0 + t, process=process, actors={"a": silent} if silent else {}) for t in range(11)]
+    back = [
+        Sample(t=111.0 + t, process=process, actors={"a": actor(10_000_000 + 1000 * t, 9000 + t, 9000 + t)})
+        for t in range(20)
+    ]
+    found = lately([*lost, *back], 30.0)
+    assert found is not None and (found.seconds, found.drawn_tokens) == (30, pytest.approx(19_000 / 30))
+    assert found.tokens_of == {"a": pytest.approx(19_000 / 30)}
+    assert found.actors == {"generating": 1.0}
+    assert Rates.between(lost[0], back[-1]).drawn_tokens == 0, "nobody saw when"
+    assert max(rates.drawn_tokens for rates in over_time([*lost, *back], 10)) <= 1000
+
+
+def test_rates_over_a_silence_are_means_over_it() -> None:
+    seen = Sample(t=0.0, process=1, actors={"a": actor(10_000_000, 9000, 4000)})
+    gone = Sample(t=50.0, process=2, actors={"a": ActorSample("gone")})
+    back = Sample(t=100.0, process=2, actors={"a": actor(10_100_000, 9100, 4050)})
+    for samples in ((seen, gone, back), (seen, back)):
+        found = Rates.between(*samples)
+        assert found.drawn_tokens == 1000 and found.actors == {"generating": 0.5, "waiting": 0.5}
 
 
 def test_rates_of_a_restarted_learner_count_from_zero() -> None:
@@ -64,3 +92,15 @@ def test_rates_lately_look_back_so_many_seconds() -> None:
     found = lately(samples, 20)
     assert found is not None and (found.seconds, found.groups) == (20, 1.0)
     assert lately(samples[:1], 20) is None
+
+
+def test_rates_begin_anew_where_the_clock_was_set_back() -> None:
+    before = [Sample(t=3600.0 + t, process=1, groups=5 * t) for t in range(100)]
+    after = [Sample(t=float(t), process=1, groups=500 + 2 * t) for t in range(1, 21)]
+    samples = [*before, *after]
+    found = lately(samples, 30)
+    assert found is not None and (found.seconds, found.groups) == (19, 2)
+    assert {rates.groups for rates in over_time(samples, 10)} == {2}
+    assert sum(rates.seconds for rates in over_time(samples, 19)) == 19
+    assert lately([*before, after[0]], 30) is None and over_time([*before, after[0]], 10) == []
+    assert unbroken([before[0], before[0]]) == [before[0]], "two at one time say nothing of what was between"
