@@ -172,8 +172,9 @@ class Learner:
             return DpoFeed(self.recipe, self.task, lambda rows: self.trainer.with_reference(rows, split=False))
         assert self.actors is not None
         return RolloutFeed(
-            self.recipe, self.actors.source, self.versions.step_of, self.trainer.with_reference, self._take_timeout()
-        )
+            self.recipe, self.actors.source, self.versions.step_of, self.trainer.with_reference, self._take_timeout(),
+            self.telemetry.clock,
+        )  # fmt: skip
 
     @property
     def _on_cpu(self) -> bool:
@@ -321,13 +322,12 @@ class Learner:
     def _step(self, recent: deque[tuple[float, float]]) -> dict[str, float]:
         """One step: wait for its batch, train on it, publish, commit."""
         step, began, source = self.state.step, time.monotonic(), self.actors.source if self.actors else None
-        waited, clock = source.waited_s if source else 0.0, self.telemetry.clock
-        with clock.of("waiting"):
-            batch = self.feed.batch(step)
-        train_began = time.monotonic()
-        with clock.of("training"):
+        waited = source.waited_s if source else 0.0
+        with self.telemetry.clock.of("training"):
+            batch = self.feed.batch(step)  # a wait within is counted as one
+            train_began = time.monotonic()
             figures = self.trainer.train(batch, self._lr(step))
-        train_s = time.monotonic() - train_began
+            train_s = time.monotonic() - train_began
         self.state.step = step + 1
         if source and self.recipe.method in ROLLOUT_METHODS:
             figures["version"] = self._publish()
