@@ -15,7 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +139,7 @@ class Learner:
         """The actors, if the run draws anything from the model, and the metrics' files."""
         recipe = self.recipe
         if recipe.needs_actors:
-            hub = bind(recipe, self.run)
-            self.actors = Actors(
-                recipe, self.run, hub, welcome(recipe, self.run, self.model_path, hub), self.versions,
-                self.trainer.model.vocabulary, self._ticket, self._waiting, self.should_stop,
-            )  # fmt: skip
-            if self.restored is not None:
-                self.actors.restore(self.restored)
+            self.actors = self._make_actors(recipe)
             self.telemetry.actors(self.actors)
             self.evaluations = Evaluations(recipe, self.run, self.task, self.actors.source, self.status, self.state)
         self.feed = self._make_feed()
@@ -164,6 +158,23 @@ class Learner:
             self.metrics.close()
             if self.rollout_files:
                 self.rollout_files.close()
+
+    def _make_actors(self, recipe: Recipe) -> Actors:
+        """With what the journal and the last checkpoint know of them."""
+        hub = bind(recipe, self.run)
+        with self.status.during("reading the journal") if self.run.journal.exists() else nullcontext():
+            actors = Actors(
+                recipe, self.run, hub, welcome(recipe, self.run, self.model_path, hub), self.versions,
+                self.trainer.model.vocabulary, self._ticket, self._waiting, self.should_stop, self._reading,
+            )  # fmt: skip
+            if self.restored is not None:
+                actors.restore(self.restored)
+        return actors
+
+    def _reading(self, read: int, size: int) -> None:
+        """Called about twice a second while the journal is read."""
+        self.status.set(None, doing=f"reading the journal, {read / 1e9:.1f} of {size / 1e9:.1f} GB")
+        self.trainer.ranks.still_waiting("the journal to be read")
 
     def _make_feed(self) -> Feed:
         if self.recipe.method == "sft":

@@ -265,6 +265,41 @@ def test_expert_iteration_learns_from_what_is_right_and_goes_on_where_nothing_is
     assert kept[0] <= right
 
 
+def test_a_resumed_run_says_how_far_its_journal_is_read(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of days of rollouts that takes minutes, in which other ranks wait, too."""
+    monkeypatch.setattr("learner.intake.journal.PROGRESS_EVERY_S", -1.0)
+    said: list[str] = []
+    told: list[str] = []
+
+    def listening(learner: Learner) -> None:
+        put = learner.status.set
+
+        def heard(phase: str | None = None, /, **fields: Any) -> None:
+            put(phase, **fields)
+            said.append(learner.status.text)
+
+        monkeypatch.setattr(learner.status, "set", heard)
+        monkeypatch.setattr(learner.trainer.ranks, "still_waiting", told.append)
+
+    stop = StopFlag()
+
+    def stopping(learner: Learner) -> None:
+        stop_after(2, stop)(learner)
+        listening(learner)
+
+    learn(recipe_of(), tmp_path, model, stop, stopping)
+    assert not [text for text in said if "journal" in text], "there was none"
+    said.clear()
+    told.clear()
+    assert learn(recipe_of(), tmp_path, model, watch=listening)[0]
+    reading = [text for text in said if text.startswith("reading the journal")]
+    assert reading[0] == "reading the journal" and reading[-1] == "reading the journal, 0.0 of 0.0 GB"
+    assert said[: len(reading)] == reading and said[len(reading)] == "loading the model", "and then no more"
+    assert told.count("the journal to be read") == len(reading) - 1
+
+
 def test_grpo_filters_groups_without_variance_and_replaces_them(tmp_path: Path, model: Path) -> None:
     recipe = recipe_of(rollout={"group_size": 2, "dynamic_sampling": True})
     _, run = learn(recipe, tmp_path, model)
