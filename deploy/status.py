@@ -37,7 +37,9 @@ POINTS = 40
 SHOWN_EVENTS = 6
 SHOWN_ACTORS = 12
 SILENT_S = 15.0
-"""Without a new sample for so long the learner is said to be silent."""
+"""Without a new sample for so long, and for SILENT_SAMPLES times as long as there should be one, the learner is said to
+be silent."""
+SILENT_SAMPLES = 3
 COLOURS = {
     "training": "green", "generating": "green", "waiting": "yellow", "publishing": "blue", "updating": "blue",
     "evaluating": "cyan", "saving": "magenta", "starting": "bright_black", "draining": "bright_black",
@@ -67,7 +69,10 @@ class RunWatch:
 
     def look(self) -> None:
         """Read what is new."""
-        self.samples.extend(self._timeline.new())
+        found = list(self._timeline.new())
+        if self._timeline.replaced:
+            self.samples.clear()
+        self.samples.extend(found)
         self.status: dict[str, Any] = read_json(self.run.status) or {}
         rows, replaced = self._metrics.new()
         self.rows = rows if replaced else [*self.rows, *rows]
@@ -140,7 +145,7 @@ def _heading(watch: RunWatch, now: float) -> RenderableType:
                 Text(f"waiting {status.get('waited_s', 0.0):.0f} s for {status['waiting_for']}", style="yellow")
             )
         age = now - newest.t if newest is not None else 0.0
-        if age > SILENT_S:
+        if age > max(SILENT_S, SILENT_SAMPLES * watch.recipe.metrics.sample_every_s):
             rows.append(Text(f"no word from the learner for {age:.0f} s", style="red"))
         elif age < -SILENT_S:
             rows.append(Text(f"the learner's clock is {-age:.0f} s ahead, or was set back since", style="yellow"))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from learner.intake.dispatcher import Dispatcher
-from learner.intake.journal import Journal, read_failed, read_filtered, read_groups_with_offsets
+from learner.intake.journal import Journal, Progress, read_failed, read_filtered, read_groups_with_offsets
 from learner.intake.probes import ProbeResult, Probes
 from learner.intake.scaling import ScaleWatch
 from learner.intake.server import ActorsSeen, IntakeServer
@@ -56,7 +56,9 @@ class Actors:
         make_ticket: Callable[[TicketId], Ticket],
         report: WaitReporter,
         should_stop: Callable[[], bool],
+        progress: Progress,
     ) -> None:
+        """`progress`: of reading the journal, which this does."""
         rollout = recipe.rollout
         limit = rollout.max_filtered_per_step or MAX_FILTERED_BATCHES * rollout.groups_per_step
         dispatcher = Dispatcher(
@@ -71,7 +73,7 @@ class Actors:
         self.run, self.versions = run, versions
         self._worked: deque[tuple[float, float, float]] = deque([(0.0, 0.0, 0.0)], maxlen=RATE_STEPS + 1)
         """Tokens, busy and serving seconds of all actors, as they were when they were asked for."""
-        self.journal = Journal(run.journal, fsync=recipe.wire.journal_fsync)
+        self.journal = Journal(run.journal, recipe.wire.journal_fsync, progress)
         probes = Probes(recipe.parity_every, recipe.seed, vocabulary, recipe.model.max_model_len)
         scale = ScaleWatch(run, recipe.actor.drain_s)
         self.server = IntakeServer(

@@ -14,6 +14,7 @@ from learner.intake.source import Source
 from learner.methods import dpo, expert_iteration, grpo, sft
 from learner.methods.epochs import Epochs
 from learner.methods.grpo import AddReference
+from learner.telemetry.clock import PhaseClock
 from protocol.config import Recipe
 
 
@@ -40,8 +41,10 @@ class RolloutFeed:
         step_of_version: Callable[[int], int],
         add_reference: AddReference,
         timeout_s: float,
+        clock: PhaseClock,
     ) -> None:
-        self.recipe, self.source = recipe, source
+        """`clock` is told when groups are waited for: what is made of them is the learner's own work."""
+        self.recipe, self.source, self._clock = recipe, source, clock
         self._step_of_version, self._add_reference, self._timeout_s = step_of_version, add_reference, timeout_s
 
     @property
@@ -49,7 +52,8 @@ class RolloutFeed:
         return self.recipe.steps
 
     def batch(self, step: int) -> Batch:
-        groups = self.source.take(self._timeout_s)
+        with self._clock.of("waiting"):
+            groups = self.source.take(self._timeout_s)
         if self.recipe.method == "expert_iteration":
             return expert_iteration.make_batch(groups, self.recipe, self._step_of_version, step)
         return grpo.make_batch(

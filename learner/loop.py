@@ -15,7 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +139,7 @@ class Learner:
         """The actors, if the run draws anything from the model, and the metrics' files."""
         recipe = self.recipe
         if recipe.needs_actors:
-            hub = bind(recipe, self.run)
-            self.actors = Actors(
-                recipe, self.run, hub, welcome(recipe, self.run, self.model_path, hub), self.versions,
-                self.trainer.model.vocabulary, self._ticket, self._waiting, self.should_stop,
-            )  # fmt: skip
-            if self.restored is not None:
-                self.actors.restore(self.restored)
+            self.actors = self._make_actors(recipe)
             self.telemetry.actors(self.actors)
             self.evaluations = Evaluations(recipe, self.run, self.task, self.actors.source, self.status, self.state)
         self.feed = self._make_feed()
@@ -165,6 +159,23 @@ class Learner:
             if self.rollout_files:
                 self.rollout_files.close()
 
+    def _make_actors(self, recipe: Recipe) -> Actors:
+        """With what the journal and the last checkpoint know of them."""
+        hub = bind(recipe, self.run)
+        with self.status.during("reading the journal") if self.run.journal.exists() else nullcontext():
+            actors = Actors(
+                recipe, self.run, hub, welcome(recipe, self.run, self.model_path, hub), self.versions,
+                self.trainer.model.vocabulary, self._ticket, self._waiting, self.should_stop, self._reading,
+            )  # fmt: skip
+            if self.restored is not None:
+                actors.restore(self.restored)
+        return actors
+
+    def _reading(self, read: int, size: int) -> None:
+        """Called about twice a second while the journal is read."""
+        self.status.set(None, doing=f"reading the journal, {read / 1e9:.1f} of {size / 1e9:.1f} GB")
+        self.trainer.ranks.still_waiting("the journal to be read")
+
     def _make_feed(self) -> Feed:
         if self.recipe.method == "sft":
             return SftFeed(self.recipe, self.task)
@@ -172,8 +183,9 @@ class Learner:
             return DpoFeed(self.recipe, self.task, lambda rows: self.trainer.with_reference(rows, split=False))
         assert self.actors is not None
         return RolloutFeed(
-            self.recipe, self.actors.source, self.versions.step_of, self.trainer.with_reference, self._take_timeout()
-        )
+            self.recipe, self.actors.source, self.versions.step_of, self.trainer.with_reference, self._take_timeout(),
+            self.telemetry.clock,
+        )  # fmt: skip
 
     @property
     def _on_cpu(self) -> bool:
@@ -321,13 +333,12 @@ class Learner:
     def _step(self, recent: deque[tuple[float, float]]) -> dict[str, float]:
         """One step: wait for its batch, train on it, publish, commit."""
         step, began, source = self.state.step, time.monotonic(), self.actors.source if self.actors else None
-        waited, clock = source.waited_s if source else 0.0, self.telemetry.clock
-        with clock.of("waiting"):
-            batch = self.feed.batch(step)
-        train_began = time.monotonic()
-        with clock.of("training"):
+        waited = source.waited_s if source else 0.0
+        with self.telemetry.clock.of("training"):
+            batch = self.feed.batch(step)  # a wait within is counted as one
+            train_began = time.monotonic()
             figures = self.trainer.train(batch, self._lr(step))
-        train_s = time.monotonic() - train_began
+            train_s = time.monotonic() - train_began
         self.state.step = step + 1
         if source and self.recipe.method in ROLLOUT_METHODS:
             figures["version"] = self._publish()

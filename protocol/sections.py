@@ -363,7 +363,7 @@ class MetricsConfig(Section):
     engine_every_s: NotNegative = 15.0
     """An actor sends its engine's own metrics (vLLM's) so often; 0: never."""
     sample_every_s: PositiveFloat = 1.0
-    """Between two samples of timeline.jsonl."""
+    """Between two samples of the run; timeline.jsonl keeps all of them or, of a long run, fewer."""
     keep_logprobs: bool = True
     """The learner's logprobs of each batch are kept in rollouts/, for the browser of rollouts."""
     wandb: Literal["off", "offline", "online"] = "off"

@@ -15,7 +15,8 @@ import logging
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,9 @@ KINDS: dict[int, Literal["group", "step", "failed", "filtered"]] = {1: "group", 
 
 
 HEAD_BYTES = HEAD.size + HEAD_DIGEST.size
+PROGRESS_EVERY_S = 0.5
+Progress = Callable[[int, int], None]
+"""Told about twice a second how many bytes of how many are read."""
 
 
 class JournalError(ValueError):
@@ -43,12 +47,13 @@ class JournalError(ValueError):
 class Journal:
     """The open journal of a run. One writer."""
 
-    def __init__(self, path: Path, fsync: bool = False) -> None:
-        """Open or create; cuts a torn tail. Raises JournalError if the file is damaged before its end."""
+    def __init__(self, path: Path, fsync: bool = False, progress: Progress = lambda read, size: None) -> None:
+        """Open or create; cuts a torn tail. What is there is read once, which takes minutes for some hundred GB:
+        `progress` is told of it. Raises JournalError if the file is damaged before its end."""
         self.path = path
         self.fsync = fsync
         path.parent.mkdir(parents=True, exist_ok=True)
-        end = _sound_end(path) if path.exists() else 0
+        end = _sound_end(path, progress) if path.exists() else 0
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
         if self._file.tell() > end:
             log.warning("journal %s: cut a torn record of %d bytes at its end", path, self._file.tell() - end)
@@ -144,10 +149,12 @@ def _records(path: Path, start: int) -> Iterator[tuple[int, int, int, bytes]]:
             offset = record[0]
 
 
-def _sound_end(path: Path) -> int:
-    end = 0
-    for _, end, _, _ in _records(path, 0):  # noqa: B007 - the last offset is what counts
-        pass
+def _sound_end(path: Path, progress: Progress) -> int:
+    end, size, told_at = 0, path.stat().st_size, time.monotonic()
+    for _, end, _, _ in _records(path, 0):
+        if (now := time.monotonic()) - told_at > PROGRESS_EVERY_S:
+            told_at = now
+            progress(end, size)
     return end
 
 

@@ -11,8 +11,11 @@ actors that never rest would keep a learner that never waits supplied, and m act
 times as fast. r is what actors rest for although the learner waits, 1 - b: both sides wait in turn then, as with
 `rollout.max_lag = 0`, and that stays whoever comes. Of a learner that does not wait r is 0: there actors rest because
 they are too fast. All this holds as long as tickets wait for room in the actors. Where actors have room and no ticket
-may be issued, more of them would only share the same tickets: then that is what is said. Called by `telemetry.py`;
-`deploy/autoscale.py` uses the same arithmetic.
+may be issued, more of them would only share the same tickets: then that is what is said.
+
+Of a part of a step all this says nothing: while both sides work in turn, each of them is all there is for half the
+time. So only whole steps are measured (`Window`). Called by `telemetry.py`; `deploy/autoscale.py` uses the same
+arithmetic.
 """
 
 from __future__ import annotations
@@ -24,8 +27,16 @@ from dataclasses import dataclass
 from learner.telemetry.sample import SERVING, ActorSample, Advice, Sample
 
 WINDOW_S = 120.0
-"""How far back is looked at most."""
+"""How far back is looked, or WHOLE_STEPS, whichever is longer."""
 SHORTEST_WINDOW_S = 5.0
+WHOLE_STEPS = 2
+"""Fewest that are measured. One alone may be the odd one, of a checkpoint or a straggler; and with `rollout.max_lag`
+long and short waits can take turns. No more: of steps of ten minutes these are twenty until there is advice."""
+SHORTEST_SAMPLES = 10
+"""Fewest samples that a window consists of. A step's end is known as the first sample behind it, so both ends of the
+window may be off by the time between two of them."""
+KEPT = 24
+"""About so many ends of steps are kept of a window that has more: a sample of 512 actors is 150 kB."""
 WAITS = 0.1
 """Share of its time that the learner must wait before it is said to wait."""
 RESTS = 0.8
@@ -72,9 +83,8 @@ class Shares:
     """Tickets in the actors' hands, mean."""
 
     @classmethod
-    def of(cls, samples: deque[Sample]) -> Shares:
-        """The first against the last; levels are means over all."""
-        first, last = samples[0], samples[-1]
+    def between(cls, first: Sample, last: Sample, backlog: float, held: float) -> Shares:
+        """What counts and seconds have grown by; levels are means over the samples between."""
         spent = {name: seconds - first.phases.get(name, 0.0) for name, seconds in last.phases.items()}
         seconds = sum(spent.get(name, 0.0) for name in ("waiting", "training", "publishing", "saving", "other"))
         names = [name for name in _serving(last) if name in first.actors]
@@ -91,8 +101,8 @@ class Shares:
             publishing=min(1.0, spent.get("publishing", 0.0) / seconds) if seconds > 0 else 0.0,
             busy=of_actors("busy_s"),
             paused=of_actors("paused_s"),
-            backlog=sum(sample.backlog for sample in samples) / len(samples),
-            held=sum(actor.held for sample in samples for actor in sample.actors.values()) / len(samples),
+            backlog=backlog,
+            held=held,
         )
 
 
@@ -144,37 +154,128 @@ def _advice(side: str, shares: Shares, text: str, actors: int = 0, gain: float =
     return Advice(side, text, shares.waiting, shares.busy, actors or shares.actors, gain)  # type: ignore[arg-type]
 
 
-class Advisor:
-    """Sees one sample after another. While actors come or go, or evaluations run, it measures nothing: it begins anew
-    with the actors that are there."""
+@dataclass(frozen=True)
+class _Mark:
+    """The first sample behind the end of a step, and sums over all samples of the window up to it."""
 
-    def __init__(self) -> None:
-        self._window: deque[Sample] = deque()
+    sample: Sample
+    samples: int
+    backlog: int
+    held: int
+
+
+class Window:
+    """The last whole steps: from the end of one to the end of another. Not for several threads."""
+
+    def __init__(self, longest_s: float = WINDOW_S) -> None:
+        """`longest_s`: as WINDOW_S."""
+        self.longest_s = longest_s
+        self.shares: Shares | None = None
+        """Of the steps that it holds; None until they are enough."""
+        self._marks: deque[_Mark] = deque()
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew, with the first step that begins from now on."""
+        self._marks.clear()
+        self._newest: Sample | None = None
+        self._sums = (0, 0, 0)
+        self.shares = None
+
+    @property
+    def steps(self) -> int:
+        """Whole steps that it holds."""
+        return self._marks[-1].sample.step - self._marks[0].sample.step if self._marks else 0
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the step under way takes longer than all that the window holds: nothing is as it was any more."""
+        if self._newest is None or not self._marks:
+            return False
+        first, last = self._marks[0].sample, self._marks[-1].sample
+        return _seconds(last, self._newest) > max(self.longest_s, _seconds(first, last))
+
+    def see(self, sample: Sample) -> None:
+        """The next sample, of the same actors."""
+        before, self._newest = self._newest, sample
+        held = sum(actor.held for actor in sample.actors.values())
+        self._sums = (self._sums[0] + 1, self._sums[1] + sample.backlog, self._sums[2] + held)
+        if before is not None and sample.step != before.step:
+            self._mark(_Mark(sample, *self._sums))
+
+    def _mark(self, mark: _Mark) -> None:
+        """A step has ended: the window does, too, and begins as late as it may."""
+        marks = self._marks
+        if len(marks) > 1 and _seconds(marks[-2].sample, mark.sample) < self.longest_s / KEPT:
+            marks.pop()
+        marks.append(mark)
+        while len(marks) > 2 and self._is_whole(marks[1], mark, self.longest_s):
+            marks.popleft()
+        first = marks[0]
+        if self._is_whole(first, mark, min(self.longest_s, SHORTEST_WINDOW_S)):
+            samples = mark.samples - first.samples
+            backlog, held = (mark.backlog - first.backlog) / samples, (mark.held - first.held) / samples
+            self.shares = Shares.between(first.sample, mark.sample, backlog, held)
+
+    @staticmethod
+    def _is_whole(first: _Mark, last: _Mark, seconds: float) -> bool:
+        """Whether what is between two ends of steps is enough to be measured."""
+        return (
+            last.sample.step - first.sample.step >= WHOLE_STEPS
+            and last.samples - first.samples >= SHORTEST_SAMPLES
+            and _seconds(first.sample, last.sample) >= seconds
+        )
+
+
+class Advisor:
+    """Sees one sample after another. Where actors come or go it begins anew, with those that are there."""
+
+    def __init__(self, window_s: float = WINDOW_S) -> None:
+        """`window_s`: as WINDOW_S."""
+        self.window = Window(window_s)
+        self._before: Sample | None = None
         self._last: Advice | None = None
 
     def see(self, sample: Sample) -> Advice | None:
-        """The verdict on the last while; None before there is one."""
-        if sample.phase in ("starting", "evaluating", "finished") or not _serving(sample):
-            self._window.clear()
+        """The verdict on the last whole steps, or that ("unknown") they are still being measured. None while no actor
+        serves, or nothing is trained."""
+        if sample.phase in ("evaluating", "finished"):
+            self.window.clear()
             return self._last  # of a run that has ended it is the last word
-        if self._window and not _comparable(self._window[-1], sample):
-            self._window.clear()
+        before, self._before = self._before, sample
+        if sample.phase == "starting" or not _serving(sample):
+            self.window.clear()
+            return None
+        if before is not None and not _comparable(before, sample):
+            self.window.clear()
             self._last = None
-        self._window.append(sample)
-        while sample.t - self._window[0].t > WINDOW_S:
-            self._window.popleft()
-        shares = Shares.of(self._window)
-        if shares.seconds >= SHORTEST_WINDOW_S and shares.actors:
-            self._last = advise(shares)
-        return self._last
+        self.window.see(sample)
+        return self._verdict()
+
+    def _verdict(self) -> Advice:
+        window = self.window
+        if window.overdue:
+            return Advice("unknown", f"no advice: this step takes longer than the last {window.steps} together")
+        if window.shares is not None:
+            self._last = advise(window.shares)
+        return self._last or Advice(
+            "unknown",
+            f"measuring: advice takes {WHOLE_STEPS} whole steps with the same actors,"
+            f" {min(window.steps, WHOLE_STEPS)} so far",
+        )
+
+
+def _seconds(before: Sample, now: Sample) -> float:
+    """Of the learner's own clock, which nobody sets."""
+    return sum(now.phases.values()) - sum(before.phases.values())
 
 
 def _comparable(before: Sample, now: Sample) -> bool:
-    """Whether the same processes were at work at both times."""
+    """Whether the same processes were at work at both times, on one branch of the run."""
 
-    def swaps(sample: Sample) -> dict[str, ActorSample]:
+    def serving(sample: Sample) -> dict[str, ActorSample]:
         return {name: actor for name, actor in sample.actors.items() if actor.state in SERVING}
 
-    old, new = swaps(before), swaps(now)
+    old, new = serving(before), serving(now)
     restarted = any(new[name].serving_s < old[name].serving_s for name in old.keys() & new.keys())
-    return before.process == now.process and old.keys() == new.keys() and not restarted
+    return before.process == now.process and old.keys() == new.keys() and not restarted and now.step >= before.step

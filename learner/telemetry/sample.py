@@ -65,6 +65,7 @@ class Advice(msgspec.Struct, frozen=True, omit_defaults=True):
     """The advisor's verdict (`advisor.py`)."""
 
     side: Literal["rollout", "lag", "learner", "weights", "balanced", "unknown"]
+    """"unknown": nothing is measured yet, the text says what is missing, and the figures mean nothing."""
     text: str
     """One line for people."""
     waiting_share: float = 0.0

@@ -2,11 +2,14 @@
 
 When the file reaches a limit, every other sample is dropped and only every other one is written from then on: a long
 run keeps its whole length with coarser steps. Since samples hold absolute counts, rates over what is left stay exact.
+The newest sample, where it is none of those, is in a file of its own beside it: readers are as close to the run as
+ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -21,29 +24,39 @@ _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Sample)
 
 
+def newest_path(path: Path) -> Path:
+    """Where the newest sample is, if it is not in the timeline at `path`."""
+    return path.with_name(f"{path.stem}-newest.json")
+
+
 class Timeline:
     """The open file. One writer."""
 
-    def __init__(self, path: Path, every_s: float, max_bytes: int = MAX_BYTES) -> None:
-        """`every_s`: the least time between two samples; grows as the file is thinned out."""
+    def __init__(
+        self, path: Path, every_s: float, max_bytes: int = MAX_BYTES, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`every_s`: the least time between two samples of the file; grows as it is thinned out. `clock`: seconds, of a
+        clock that nobody sets; a sample's own time is that of the machine."""
         self.path, self.max_bytes = path, max_bytes
         self.every_s = max(every_s, SHORTEST_S)
         cut_torn_line(path)
         self._file = open(path, "ab")  # noqa: SIM115 - open for the life of the run
         self._size = self._file.tell()
-        self._last = -float("inf")
+        self._clock, self._last = clock, -float("inf")
 
     def write(self, sample: Sample, force: bool = False) -> bool:
-        """Append a sample, unless the last one is too near; `force`: whatever the last one was."""
-        if not force and sample.t - self._last < self.every_s:
+        """Take in the newest sample. Returns whether it is in the file to stay: not if the last one that is was too
+        near, unless with `force`."""
+        now, line = self._clock(), _encoder.encode(sample) + b"\n"
+        if not force and now - self._last < self.every_s:
+            replace_file(newest_path(self.path), line)
             return False
-        line = _encoder.encode(sample) + b"\n"
         if self._size + len(line) > self.max_bytes:
             self._thin_out()
         self._file.write(line)
         self._file.flush()
         self._size += len(line)
-        self._last = sample.t
+        self._last = now
         return True
 
     def _thin_out(self) -> None:
@@ -63,12 +76,34 @@ class TimelineReader:
     """What is in the file, and what comes to it. Not for several threads."""
 
     def __init__(self, path: Path) -> None:
-        self._lines = LineTail(path)
+        self._lines, self._newest_path = LineTail(path), newest_path(path)
+        self._last = -float("inf")
+        self.replaced = False
+        """Whether the last call of `new` read another file than the call before: it was thinned out, and all that is
+        left of it came again."""
 
     def new(self) -> Iterator[Sample]:
-        """Samples since the last call; all of them again after the file was replaced: it was thinned out."""
-        for line in self._lines.new()[0]:
-            try:
-                yield _decoder.decode(line)
-            except msgspec.MsgspecError:
-                continue  # of another version of Tandem, or torn by a crash
+        """Samples since the last call, the newest one at their end also where the file will not keep it; all of them
+        again after the file was replaced."""
+        newest = self._newest()  # read before the file: so nothing that is in there can be older and unread
+        lines, self.replaced = self._lines.new()
+        for line in lines:
+            if (sample := _decoded(line)) is not None:
+                self._last = sample.t
+                yield sample
+        if newest is not None and newest.t > self._last:
+            self._last = newest.t
+            yield newest
+
+    def _newest(self) -> Sample | None:
+        try:
+            return _decoded(self._newest_path.read_bytes())
+        except FileNotFoundError:
+            return None
+
+
+def _decoded(line: bytes) -> Sample | None:
+    try:
+        return _decoder.decode(line)
+    except msgspec.MsgspecError:
+        return None  # of another version of Tandem, or torn by a crash

@@ -49,7 +49,7 @@ def of_sample(sample: Sample, before: Sample | None = None) -> dict[str, Values]
     }
     if sample.tickets:  # else the run draws nothing from the model: there is no hub
         found |= _of_intake(sample) | _of_actors(sample, before)
-    if (advice := sample.advice) is not None:
+    if (advice := sample.advice) is not None and advice.side in SIDES:  # else it is still being measured
         found |= {
             "tandem_bottleneck": {(side,): side == advice.side for side in SIDES},
             "tandem_learner_waiting_ratio": {(): advice.waiting_share},

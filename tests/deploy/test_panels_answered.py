@@ -71,7 +71,7 @@ ONLY_BACKFILLED = {
     "tandem_kl_reference_nats": "no reference",
     "tandem_parity_nats": "the fake engine answers no probes",
     "tandem_dropped_total": "nothing is dropped",
-    "tandem_bottleneck": "the advisor looks at five seconds at least",
+    "tandem_bottleneck": "the advisor looks at two whole steps and five seconds at least",
     "tandem_learner_waiting_ratio": "the advisor",
     "tandem_actors_busy_ratio": "the advisor",
     "tandem_advised_actors": "the advisor",

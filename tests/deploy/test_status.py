@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> RunDir:
     run.recipe.write_text('name = "mine"\nsteps = 20\n')
     timeline = Timeline(run.timeline, 1.0)
     for t in range(61):
-        timeline.write(sample(t))
+        timeline.write(sample(t), force=True)
     timeline.close()
     run.metrics.write_text(
         "".join(
@@ -124,13 +124,41 @@ def test_status_of_a_learner_whose_clock_is_ahead(run: RunDir) -> None:
 def test_status_after_the_clock_was_set_back_shows_what_came_since(run: RunDir) -> None:
     timeline = Timeline(run.timeline, 1.0)
     for t in range(61, 101):
-        timeline.write(msgspec.structs.replace(sample(t), t=BEGAN - 3600 + t))
+        timeline.write(msgspec.structs.replace(sample(t), t=BEGAN - 3600 + t), force=True)
     timeline.close()
     with run.lock("learner"):
         text = text_of(run, now=BEGAN - 3500)
     rollout, learner = line_with(text, "rollout  "), line_with(text, "learner  ")
     assert "  100  " in rollout and "  80  " in learner and "last 0:39" in text
     assert "ahead" not in text and "no word" not in text
+
+
+def test_status_is_as_close_to_a_run_whose_timeline_was_thinned_out(run: RunDir) -> None:
+    """Of so many actors the file keeps a sample in minutes; the newest one is beside it."""
+    timeline = Timeline(run.timeline, 600.0)
+    timeline.write(sample(100))
+    timeline.write(sample(300))
+    timeline.close()
+    with run.lock("learner"):
+        text = text_of(run, now=BEGAN + 301)
+    assert "no word" not in text
+    assert "  100  " in line_with(text, "rollout  "), "rates reach up to it"
+
+
+def test_status_expects_no_word_more_often_than_the_recipe_says(run: RunDir) -> None:
+    run.recipe.write_text(run.recipe.read_text() + "[metrics]\nsample_every_s = 40.0\n")
+    with run.lock("learner"):
+        assert "no word" not in text_of(run, now=BEGAN + 160)
+        assert "no word from the learner for 140 s" in text_of(run, now=BEGAN + 200)
+
+
+def test_status_knows_each_sample_once_after_the_timeline_was_thinned_out(run: RunDir) -> None:
+    watch = RunWatch(run)
+    timeline = Timeline(run.timeline, 1.0, max_bytes=run.timeline.stat().st_size + 1)
+    timeline.write(sample(61))
+    timeline.close()
+    watch.look()
+    assert [one.t - BEGAN for one in watch.samples] == [*range(0, 61, 2), 61]
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])

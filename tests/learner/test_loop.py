@@ -156,13 +156,58 @@ def test_timeline_of_a_run_adds_up(tmp_path: Path, model: Path) -> None:
     assert last.trained_tokens == sum(row["tokens"] for row in rows)
     assert 0 < last.waits["groups"] <= sum(row["wait_s"] for row in rows) + slack
     assert last.phases["waiting"] >= last.waits["groups"] - slack
-    assert 0 < last.phases["training"] <= sum(row["train_s"] for row in rows) + slack
+    assert 0 < last.phases["training"] <= sum(row["step_s"] - row["wait_s"] for row in rows) + slack
+    assert last.phases["waiting"] + last.phases["training"] <= sum(row["step_s"] for row in rows) + slack
     assert last.t - samples[0].t - slack <= sum(last.phases.values()) <= passed + slack, "each second in one phase"
     for count in ("groups", "tokens", "step", "weights_bytes"):
         counted = [getattr(sample, count) for sample in samples]
         assert counted == sorted(counted), f"{count} only grow"
     actor = next(actor for sample in samples for actor in working(sample))
     assert actor.version >= 1 and actor.room == 16
+
+
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_what_the_reference_makes_of_a_batch_is_no_waiting(tmp_path: Path, model: Path, method: str) -> None:
+    """Its forward pass is the learner's work, however long it takes: here longer than all that is rounded."""
+    batches_s, references_s, phases = [], [], []
+
+    def with_slow_reference(learner: Learner) -> None:
+        with_reference, training = learner.trainer.with_reference, learner._training
+
+        def slowly(*arguments: Any, **options: Any) -> Any:
+            began = time.monotonic()
+            phases.append(learner.telemetry.clock.phase)
+            time.sleep(0.1)
+            rows = with_reference(*arguments, **options)
+            references_s.append(time.monotonic() - began)
+            return rows
+
+        def measured() -> None:
+            batch = learner.feed.batch
+
+            def timed(step: int) -> Any:
+                began = time.monotonic()
+                try:
+                    return batch(step)
+                finally:
+                    batches_s.append(time.monotonic() - began)
+
+            learner.feed.batch = timed  # type: ignore[method-assign]
+            training()
+
+        learner.trainer.with_reference = slowly  # type: ignore[method-assign]
+        learner._training = measured  # type: ignore[method-assign]
+
+    of_method: dict[str, Any] = {"grpo": {"grpo": {"kl_coef": 0.1}}, "dpo": {"dpo": {"batch_size": 16}, "steps": 4}}
+    recipe = recipe_of(method=method, eval={"prompts": 0}, **of_method[method])
+    finished, run = learn(recipe, tmp_path, model, watch=with_slow_reference)
+    slack, last = 0.02, list(TimelineReader(run.timeline).new())[-1]
+    assert finished and phases == ["training"] * len(column(run, "step")) != []
+    assert last.phases["training"] >= sum(references_s) - slack
+    if method == "dpo":
+        assert "waiting" not in last.phases and not last.waits, "nobody draws anything"
+    else:
+        assert last.waits["groups"] - slack <= last.phases["waiting"] <= sum(batches_s) - sum(references_s) + slack
 
 
 def test_sft_goes_on_after_a_stop_as_if_there_had_been_none(tmp_path: Path, model: Path) -> None:
@@ -218,6 +263,41 @@ def test_expert_iteration_learns_from_what_is_right_and_goes_on_where_nothing_is
     journaled = {group.id.index: group for group in read_groups(run.journal) if group.kind == "train"}
     right = sum(c.scores["reward"] == 1 for index in range(4) for c in journaled[index].completions)
     assert kept[0] <= right
+
+
+def test_a_resumed_run_says_how_far_its_journal_is_read(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of days of rollouts that takes minutes, in which other ranks wait, too."""
+    monkeypatch.setattr("learner.intake.journal.PROGRESS_EVERY_S", -1.0)
+    said: list[str] = []
+    told: list[str] = []
+
+    def listening(learner: Learner) -> None:
+        put = learner.status.set
+
+        def heard(phase: str | None = None, /, **fields: Any) -> None:
+            put(phase, **fields)
+            said.append(learner.status.text)
+
+        monkeypatch.setattr(learner.status, "set", heard)
+        monkeypatch.setattr(learner.trainer.ranks, "still_waiting", told.append)
+
+    stop = StopFlag()
+
+    def stopping(learner: Learner) -> None:
+        stop_after(2, stop)(learner)
+        listening(learner)
+
+    learn(recipe_of(), tmp_path, model, stop, stopping)
+    assert not [text for text in said if "journal" in text], "there was none"
+    said.clear()
+    told.clear()
+    assert learn(recipe_of(), tmp_path, model, watch=listening)[0]
+    reading = [text for text in said if text.startswith("reading the journal")]
+    assert reading[0] == "reading the journal" and reading[-1] == "reading the journal, 0.0 of 0.0 GB"
+    assert said[: len(reading)] == reading and said[len(reading)] == "loading the model", "and then no more"
+    assert told.count("the journal to be read") == len(reading) - 1
 
 
 def test_grpo_filters_groups_without_variance_and_replaces_them(tmp_path: Path, model: Path) -> None:

@@ -235,11 +235,11 @@ def test_readers_follow_a_timeline_that_grows_and_is_thinned_out(tmp_path: Path)
     }
     timeline = Timeline(run.timeline, 0.2, max_bytes=20_000)
     for t in range(1, 21):
-        timeline.write(sample(float(t), 30 * t))
+        timeline.write(sample(float(t), 30 * t), force=True)
     assert readers.timeline(0, 100)["last"] == 20.0
     assert readers.timeline(0, 100, have=20.0) == {"unchanged": True}
     for t in range(21, 301):
-        timeline.write(sample(float(t), 30 * t))
+        timeline.write(sample(float(t), 30 * t), force=True)
         if t % 50 == 0:
             readers.timeline(0, 100)
     timeline.close()

@@ -60,6 +60,14 @@ def test_journal_gives_back_groups_and_steps_as_they_were(path: Path) -> None:
     ]
 
 
+def test_journal_says_how_far_it_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offsets = write(path, group(0), group(1), group(2))
+    monkeypatch.setattr("learner.intake.journal.PROGRESS_EVERY_S", -1.0)
+    told: list[tuple[int, int]] = []
+    Journal(path, progress=lambda *read: told.append(read)).close()
+    assert told == [(end, offsets[-1]) for end in offsets[1:]]
+
+
 def test_journal_that_does_not_exist_is_empty(path: Path) -> None:
     assert list(read_groups(path)) == list(read_steps(path)) == []
 

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -148,6 +149,13 @@ def test_values_come_from_sample_and_step() -> None:
     assert {dict(labels)["state"] for labels in page["tandem_tickets"]} == set(TICKETS) - {"duplicates", "reissued"}
     assert page["tandem_bottleneck"][(("side", "rollout"),)] == 1 and sum(page["tandem_bottleneck"].values()) == 1
     assert page["tandem_reward_mean"] == {(): 0.5}
+
+
+def test_advice_that_is_still_measured_is_no_figure() -> None:
+    metrics = RunMetrics(recipe_of())
+    metrics.see(msgspec.structs.replace(SAMPLE, advice=Advice("unknown", "measuring")))
+    advised = ("tandem_bottleneck", "tandem_advised", "tandem_learner_waiting_ratio", "tandem_actors_busy_ratio")
+    assert [name for name in page_of(metrics) if name.startswith(advised)] == []
 
 
 def test_lengths_of_steps_are_counted_into_buckets() -> None:

@@ -6,7 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from learner.telemetry.sample import ActorSample, Advice, Sample
-from learner.telemetry.timeline import Timeline, TimelineReader
+from learner.telemetry.timeline import MAX_BYTES, Timeline, TimelineReader
+from protocol.rundir import read_jsonl
 
 
 def sample(t: float) -> Sample:
@@ -17,51 +18,99 @@ def sample(t: float) -> Sample:
     )  # fmt: skip
 
 
+class Writer:
+    """A timeline whose samples come at the times that they say."""
+
+    def __init__(self, path: Path, every_s: float, max_bytes: int = MAX_BYTES) -> None:
+        self.now = 0.0
+        self.timeline = Timeline(path, every_s, max_bytes, lambda: self.now)
+
+    def write(self, t: float, force: bool = False) -> bool:
+        self.now = t
+        return self.timeline.write(sample(t), force)
+
+
+def lines_of(path: Path) -> list[float]:
+    """Times of what is in the file."""
+    return [row["t"] for row in read_jsonl(path)]
+
+
 def test_timeline_samples_come_back(tmp_path: Path) -> None:
-    path, wanted = tmp_path / "timeline.jsonl", [sample(t) for t in (1.0, 2.0, 3.5)]
-    timeline, reader = Timeline(path, 0.5), TimelineReader(path)
-    assert [timeline.write(one) for one in wanted[:2]] == [True, True]
-    assert list(reader.new()) == wanted[:2]
-    timeline.write(wanted[2])
-    assert list(reader.new()) == wanted[2:]
+    path = tmp_path / "timeline.jsonl"
+    writer, reader = Writer(path, 0.5), TimelineReader(path)
+    assert [writer.write(t) for t in (1.0, 2.0)] == [True, True]
+    assert list(reader.new()) == [sample(1.0), sample(2.0)]
+    writer.write(3.5)
+    assert list(reader.new()) == [sample(3.5)]
     assert list(reader.new()) == []
-    timeline.close()
+    writer.timeline.close()
 
 
 def test_timeline_leaves_out_what_is_too_near_unless_forced(tmp_path: Path) -> None:
-    timeline = Timeline(tmp_path / "t", 1.0)
-    assert timeline.write(sample(1.0)) and not timeline.write(sample(1.5))
-    assert timeline.write(sample(1.6), force=True)
-    timeline.close()
-    assert [one.t for one in TimelineReader(tmp_path / "t").new()] == [1.0, 1.6]
+    writer = Writer(tmp_path / "t", 1.0)
+    assert [writer.write(1.0), writer.write(1.5), writer.write(1.6, force=True)] == [True, False, True]
+    assert [writer.write(2.4), writer.write(2.6)] == [False, True]
+    assert lines_of(tmp_path / "t") == [1.0, 1.6, 2.6]
+    writer.timeline.close()
+
+
+def test_timeline_goes_on_where_the_clock_is_set_back(tmp_path: Path) -> None:
+    """By an hour; the distance between two samples is by a clock that nobody sets."""
+    writer = Writer(tmp_path / "t", 1.0)
+    for passed in range(3):
+        writer.now = float(passed)
+        assert writer.timeline.write(sample(passed if passed < 2 else passed - 3600))
+    assert lines_of(tmp_path / "t") == [0.0, 1.0, -3598.0]
+    writer.timeline.close()
+
+
+def test_timeline_reader_has_the_newest_sample_also_where_the_file_has_not(tmp_path: Path) -> None:
+    path = tmp_path / "timeline.jsonl"
+    writer, reader = Writer(path, 10.0), TimelineReader(path)
+    seen = []
+    for t in (1.0, 2.0, 3.0, 11.0, 12.0):
+        writer.write(t)
+        seen.append([one.t for one in reader.new()])
+    assert seen == [[1.0], [2.0], [3.0], [11.0], [12.0]]
+    assert list(reader.new()) == []
+    assert lines_of(path) == [1.0, 11.0]
+    assert [one.t for one in TimelineReader(path).new()] == [1.0, 11.0, 12.0], "what was new once is no part of it"
+    writer.write(13.0, force=True)
+    assert [one.t for one in TimelineReader(path).new()] == [1.0, 11.0, 13.0]
+    writer.timeline.close()
 
 
 def test_timeline_is_thinned_out_evenly_and_keeps_its_ends(tmp_path: Path) -> None:
     path, size = tmp_path / "t", 20_000
-    timeline, reader = Timeline(path, 1.0, max_bytes=size), TimelineReader(path)
+    writer, reader = Writer(path, 1.0, size), TimelineReader(path)
     for t in range(1000):
-        timeline.write(sample(float(t)))
+        writer.write(float(t))
         assert path.stat().st_size <= size
-    times = [one.t for one in reader.new()]
+    times, every_s = lines_of(path), writer.timeline.every_s
     gaps = [after - before for before, after in pairwise(times)]
-    assert times[0] < 2 * timeline.every_s and times[-1] >= 999 - timeline.every_s
+    assert times[0] < 2 * every_s and times[-1] >= 999 - every_s
     assert max(gaps) <= 2 * min(gaps), "coarser, but as coarse everywhere"
-    assert timeline.every_s > 1.0
-    timeline.close()
+    assert every_s > 1.0
+    read = [one.t for one in reader.new()]
+    assert read == times + [999.0] * (times[-1] < 999), "and the newest one"
+    writer.timeline.close()
 
 
 def test_timeline_reader_begins_anew_after_thinning(tmp_path: Path) -> None:
     path = tmp_path / "t"
-    timeline, reader = Timeline(path, 1.0, max_bytes=5_000), TimelineReader(path)
-    timeline.write(sample(0.0))
+    writer, reader = Writer(path, 1.0, 5_000), TimelineReader(path)
+    writer.write(0.0)
     assert len(list(reader.new())) == 1
-    before = timeline.every_s
-    t = 1.0
-    while timeline.every_s == before:
-        timeline.write(sample(t))
+    writer.write(1.0)
+    assert len(list(reader.new())) == 1 and not reader.replaced
+    before = writer.timeline.every_s
+    t = 2.0
+    while writer.timeline.every_s == before:
+        writer.write(t)
         t += 1.0
     assert [one.t for one in reader.new()] == [one.t for one in TimelineReader(path).new()]
-    timeline.close()
+    assert reader.replaced
+    writer.timeline.close()
 
 
 def test_timeline_goes_on_behind_a_torn_line(tmp_path: Path) -> None:
