@@ -19,6 +19,8 @@ from protocol.rundir import LineTail, cut_torn_line, replace_file
 
 MAX_BYTES = 32 << 20
 SHORTEST_S = 0.2
+JITTER_S = 0.1
+"""A sample that is due is taken so much sooner or later after the one before."""
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Sample)
@@ -48,7 +50,7 @@ class Timeline:
         """Take in the newest sample. Returns whether it is in the file to stay: not if the last one that is was too
         near, unless with `force`."""
         now, line = self._clock(), _encoder.encode(sample) + b"\n"
-        if not force and now - self._last < self.every_s:
+        if not force and now - self._last < self.every_s - JITTER_S:
             replace_file(newest_path(self.path), line)
             return False
         if self._size + len(line) > self.max_bytes:
@@ -57,6 +59,7 @@ class Timeline:
         self._file.flush()
         self._size += len(line)
         self._last = now
+        newest_path(self.path).unlink(missing_ok=True)
         return True
 
     def _thin_out(self) -> None:
