@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.dashboard.jsonl_tail import JsonlTail
-from deploy.progress import describe_phase, evals_line, minutes, sparkline, step_bar
+from deploy.progress import describe_end, describe_phase, evals_line, minutes, sparkline, step_bar
 from learner.telemetry.events import read_events
 from learner.telemetry.rates import Rates, lately, over_time
 from learner.telemetry.sample import SERVING, ActorSample, Sample
@@ -75,7 +75,7 @@ class RunWatch:
         self.members: dict[str, Member] = {member.name: member for member in read_members(self.run)}
         wish = read_wish(self.run)
         self.wanted = wish.actors if wish else None
-        self.alive = self.run.is_held("learner")
+        self.alive = self.run.is_held("learner") or self.run.is_held("launcher")  # which may be starting it again
 
     @property
     def newest(self) -> Sample | None:
@@ -131,8 +131,7 @@ def _heading(watch: RunWatch, now: float) -> RenderableType:
     status, newest = watch.status, watch.newest
     rows: list[RenderableType] = []
     if not watch.alive:
-        words = {"finished": "finished", "stopped": "stopped; it can be resumed"}
-        rows.append(Text(words.get(str(status.get("phase")), "not running"), style="bold"))
+        rows.append(Text(describe_end(status), style="bold"))
     else:
         rows.append(Text(describe_phase(status) or "starting", style="bold"))
         if status.get("waiting_for"):

@@ -223,13 +223,14 @@ class MadeRun:
             file.write(json.dumps(row) + "\n")
         self.write_status()
 
-    def write_status(self) -> None:
+    def write_status(self, **end: str) -> None:
+        """`end`: the learner's last words."""
         left_s = (self.steps - self.step) * (self.t - self.began) / self.step if self.step else None
         words = {"evaluating": "evaluation before", "starting": "starting"}
         write_json(self.run.status, {
             "phase": words.get(self.phase, "training"), "step": self.step, "steps": self.steps, "left_s": left_s,
             "started_at": self.began, "written_at": self.t, "waiting_for": "", "waited_s": 0.0,
-        })  # fmt: skip
+        } | end)  # fmt: skip
 
     def write_sample(self) -> None:
         sample = Sample(
@@ -279,6 +280,7 @@ class MadeRun:
         self.t += 1.0
         self.evaluation("after", self.progress + 0.05)
         self.write_sample()
+        self.write_status(phase="finished")
         note_event_at(self.run, self.t, "finished", f"{self.step} steps, the model is in model/")
         write_json(self.run.summary, {
             "name": self.run.path.name, "method": self.method, "steps": self.step, "wall_s": self.t - self.began,

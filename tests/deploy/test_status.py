@@ -13,7 +13,7 @@ from deploy.status import RunWatch, screen, show
 from learner.telemetry.events import note_event
 from learner.telemetry.sample import ActorSample, Advice, Sample
 from learner.telemetry.timeline import Timeline
-from protocol.rundir import RunDir, write_json
+from protocol.rundir import RunDir, read_json, write_json
 from protocol.scaling import Member, Wish, write_members, write_wish
 
 BEGAN = 1_700_000_000.0
@@ -112,6 +112,30 @@ def test_status_of_a_learner_without_a_word(run: RunDir) -> None:
     with run.lock("learner"):
         assert "no word from the learner for 100 s" in text_of(run, now=BEGAN + 160)
     assert "no word" not in text_of(run, now=BEGAN + 160), "nobody is expected to say anything"
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ({"phase": "finished"}, "finished"),
+        ({"phase": "stopped"}, "stopped; it can be resumed"),
+        ({"phase": "stopped by the guard", "error": "the guard ended the run: KL"}, "stopped by the guard"),
+        ({"phase": "failed", "error": "RuntimeError: CUDA error"}, "failed"),
+        ({}, "interrupted: its learner ended without a word"),
+    ],
+)
+def test_status_says_how_a_run_ended(run: RunDir, status: dict[str, str], words: str) -> None:
+    write_json(run.status, read_json(run.status) | status)
+    head = text_of(run).splitlines()
+    assert head[1].strip("│ ") == words
+    assert status.get("error", "") in head[2]
+
+
+def test_status_of_a_learner_that_its_launcher_starts_again(run: RunDir) -> None:
+    write_json(run.status, read_json(run.status) | {"phase": "failed", "error": "RuntimeError: CUDA error"})
+    with run.lock("launcher"):
+        assert RunWatch(run).alive
+        assert text_of(run).splitlines()[1].strip("│ ") == "failed"
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])

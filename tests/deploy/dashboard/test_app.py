@@ -14,10 +14,12 @@ from starlette.testclient import TestClient
 from deploy.dashboard import access as access_module
 from deploy.dashboard.access import Access, cookie_name
 from deploy.dashboard.app import STATIC, make_app
+from deploy.dashboard.history import History
+from deploy.dashboard.overview import present
 from deploy.dashboard.rollouts import RolloutReader
 from deploy.scale import MAX_ACTORS
 from protocol.keys import make_keys
-from protocol.rundir import RunDir, read_json
+from protocol.rundir import RunDir, read_json, write_json
 from protocol.scaling import Wish, read_wish, write_wish
 from tests.dashboard_harness import HOSTILE, MadeRun
 
@@ -91,6 +93,23 @@ def test_now_has_status_actors_advice_and_events(client: TestClient, made: MadeR
     assert sum(row["tokens_per_s"] for row in found["actors"]) > 500
     assert found["advice"]["text"]
     assert (found["alive"], found["scalable"], found["wish"]) == (False, False, {"actors": 2, "by": "the recipe"})
+
+
+@pytest.mark.parametrize(
+    ("phase", "ended", "end"),
+    [
+        ("training", False, "interrupted: its learner ended without a word"),
+        ("finished", True, "finished"),
+        ("stopped", True, "stopped; it can be resumed"),
+        ("stopped by the guard", True, "stopped by the guard"),
+        ("failed", True, "failed"),
+    ],
+)
+def test_now_says_how_a_run_ended(tmp_path: Path, phase: str, ended: bool, end: str) -> None:
+    run = RunDir(tmp_path)
+    write_json(run.status, {"phase": phase, "phase_since": 1.0, "step": 3})
+    status = present(run, History())["status"]
+    assert (status["phase"].split(" (")[0], status["ended"], status["end"]) == (phase, ended, end)
 
 
 def test_now_says_what_the_launcher_waits_for(client: TestClient, run: RunDir) -> None:

@@ -171,6 +171,8 @@ def test_an_ended_run_says_so_and_has_no_buttons(ended: RunDir, serve: Serve, vi
     page = visit(dashboard)
     drawn(page)
     assert page.inner_text("#phase") == "Finished"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d, after 3:4\d min", page.inner_text("#left"))
+    assert page.wait_for_selector("#lanes-legend >> text=finished")
     assert page.inner_text("#connection") == "not running"
     assert page.inner_text("#advice-side") == "last advice"
     assert not page.is_visible("#scale")
@@ -180,6 +182,33 @@ def test_an_ended_run_says_so_and_has_no_buttons(ended: RunDir, serve: Serve, vi
     assert page.wait_for_selector("#tip").inner_text().startswith("learner: ")
     page.click("summary")
     page.wait_for_selector("#shares tbody tr >> text=actor-3")
+
+
+ENDS = {
+    "failed": ({"phase": "failed", "error": "RuntimeError: CUDA error"}, "Failed"),
+    "stopped": ({"phase": "stopped"}, "Stopped; it can be resumed"),
+    "guarded": ({"phase": "stopped by the guard", "error": "the guard ended the run: KL"}, "Stopped by the guard"),
+    "killed": ({}, "Interrupted: its learner ended without a word"),
+}
+
+
+@pytest.mark.parametrize("name", list(ENDS))
+def test_a_run_that_ended_early_is_not_called_finished(tmp_path: Path, serve: Serve, visit: Visit, name: str) -> None:
+    end, words = ENDS[name]
+    with made_run(tmp_path / name, alive=False) as made:
+        made.write_status(**end)
+        page = visit(serve(made.run), ignore=OFFLINE)
+        drawn(page)
+        assert page.inner_text("#phase") == words
+        assert page.inner_text("#left") == time.strftime("%Y-%m-%d %H:%M", time.localtime(made.t))
+        assert page.inner_text("#error") == end.get("error", "")
+        assert "finished" not in page.inner_text("#lanes-legend")
+        assert int(page.inner_text("#tile-rollout .value").split()[0].replace(".", "").replace("k", "")) > 0
+        picture(page, f"ended-{name}")
+        page.context.set_offline(True)
+        notice = f"The run has ended ({words.lower()})" if end else "The server does not answer"
+        holds(page, f"document.getElementById('notice').textContent.startsWith('{notice}')")
+        picture(page, f"ended-{name}-lost")
 
 
 def test_theme_button_overrides_the_system_and_is_remembered(ended: RunDir, serve: Serve, visit: Visit) -> None:
