@@ -30,7 +30,7 @@ from learner.telemetry.events import note_event
 from learner.telemetry.sample import LEARNER_PHASES, ActorSample, Sample
 from learner.telemetry.timeline import Timeline
 from protocol.messages import Completion, Group, TicketId
-from protocol.rundir import RunDir, write_json
+from protocol.rundir import RunDir, replace_file, write_json
 from protocol.scaling import Member, Wish, write_members, write_wish
 
 CHROMIUM = os.environ.get("TANDEM_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or ""
@@ -68,7 +68,7 @@ class MadeRun:
         self.run.recipe.write_text(RECIPE.format(name=path.name, method=method, steps=steps))
         self.steps, self.method, self.random = steps, method, Random(7)
         self.t = self.began = began or time.time()
-        self.process, self.step, self.version = 4711, 0, 1
+        self.process, self.step, self.version, self.branch = 4711, 0, 1, 0
         self.phases = dict.fromkeys(LEARNER_PHASES, 0.0)
         self.phase, self.left = "starting", 3.0
         self.groups = self.queued = 0.0
@@ -187,6 +187,12 @@ class MadeRun:
             self.write_groups(self.journal)
         if self.step % 10 == 0:
             self.evaluation(f"step-{self.step:05d}", self.progress + 0.05)
+
+    def roll_back(self, step: int) -> None:
+        """Go on after an earlier step, on a new branch."""
+        rows = self.run.metrics.read_text().splitlines(keepends=True)
+        replace_file(self.run.metrics, "".join(rows[:step]))
+        self.step, self.branch = step, self.branch + 1
 
     @property
     def progress(self) -> float:
@@ -359,7 +365,7 @@ def made_group(made: MadeRun, number: int) -> Group:
         logprobs += [-0.02 - 2.4 * random.random() ** 4 for _ in words]
     ids = [NUMBER[word] for words in texts for word in words]
     return Group(
-        id=TicketId(0, made.step * JOURNALED + number), kind="train", attempt=1, actor=f"actor-{number % 2}",
+        id=TicketId(made.branch, made.step * JOURNALED + number), kind="train", attempt=1, actor=f"actor-{number % 2}",
         prompt_ids=tuple(NUMBER[word] for word in pieces_of(prompt)), temperature=1.0, completions=tuple(completions),
         token_ids=np.array(ids, "<i4").tobytes(), logprobs=np.array(logprobs, "<f4").tobytes(), mask=b"\1" * len(ids),
     )  # fmt: skip
@@ -383,7 +389,7 @@ def keep_logprobs(made: MadeRun, groups: list[Group]) -> None:
         "completions": np.array([len(group.completions) for group in groups], np.int32),
     }
     about = {
-        "step": str(made.step), "version": str(made.version), "branch": "0",
+        "step": str(made.step), "version": str(made.version), "branch": str(made.branch),
         "ids": json.dumps([[group.id.epoch, group.id.index] for group in groups]),
     }  # fmt: skip
     save_file(tensors, made.run.rollouts / f"step-{made.step:08d}.safetensors", about)
