@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from deploy.status import RunWatch, screen, show
+from deploy.status import POINTS, RunWatch, screen, show
 from learner.telemetry.events import note_event
 from learner.telemetry.sample import ActorSample, Advice, Sample
 from learner.telemetry.timeline import Timeline
@@ -106,6 +106,18 @@ def test_status_shows_curve_and_events(run: RunDir) -> None:
     text = text_of(run)
     assert "0.600" in line_with(text, "reward  ") and "▁▂▃▄▅" in line_with(text, "reward  ")
     assert "before 0.125" in text and "actor-7 was silent for 15 s" in text
+
+
+def test_status_keeps_of_a_long_run_what_it_draws(run: RunDir) -> None:
+    rows = [{"step": step, "reward_mean": step / 1000, "loss": 1.0} for step in range(1, 901)]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    watch = RunWatch(run)
+    assert {key: len(curve.shown) for key, curve in watch.curves.items()} == {"reward_mean": POINTS}
+    assert f"steps {901 - POINTS} to 900" in line_with(text_of(run), "reward  ")
+    run.metrics.rename(run.path / "old")
+    run.metrics.write_text(json.dumps({"step": 1, "entropy": 0.5}) + "\n")
+    watch.look()
+    assert watch.curves.keys() == {"entropy"}, "rolled back"
 
 
 def test_status_of_a_learner_without_a_word(run: RunDir) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deploy.dashboard.app import STATIC, make_app
 from deploy.dashboard.history import History
 from deploy.dashboard.overview import present
 from deploy.dashboard.rollouts import RolloutReader
+from deploy.dashboard.steps import MOST_POINTS, StepsReader
 from deploy.scale import MAX_ACTORS
 from protocol.keys import make_keys
 from protocol.rundir import RunDir, read_json, write_json
@@ -156,9 +158,27 @@ def test_steps_that_were_rolled_back_show_as_another_generation(tmp_path: Path) 
     assert (found["generation"], found["step"]) == (1, [1])
 
 
+def test_first_look_at_a_long_run_is_short_and_exact_at_both_ends(tmp_path: Path) -> None:
+    run, count = RunDir(tmp_path).create(), 20 * MOST_POINTS + 7
+    rows = [{"step": step, "loss": float(step)} | ({"lr": 0.5} if step == 30 else {}) for step in range(1, count + 1)]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = StepsReader(run)
+    found = reader.columns(0)
+    steps, losses = found["step"], found["columns"]["loss"]
+    assert MOST_POINTS / 2 < len(steps) <= MOST_POINTS + 2
+    assert (steps[0], losses[0], steps[-1], losses[-1]) == (1, 1.0, count, count)
+    assert losses[1:-1] == [(low + 1 + high) / 2 for low, high in pairwise(steps[:-1])]
+    assert [value for value in found["columns"]["lr"] if value is not None] == [0.5], "a mean of those that have one"
+    assert found["columns"].keys() == {"loss", "lr"}
+    with open(run.metrics, "a") as file:
+        file.write(json.dumps({"step": count + 1, "loss": 0.25}) + "\n")
+    assert reader.columns(count) == {"generation": 0, "step": [count + 1], "columns": {"loss": [0.25]}}
+
+
 def test_rollouts_are_those_of_the_reader(client: TestClient, run: RunDir) -> None:
     reader = RolloutReader(run)
     assert ask(client, "/api/rollouts") == {"steps": reader.steps()}
+    assert ask(client, "/api/rollouts", step=2) == {"steps": reader.steps(2)}
     assert ask(client, "/api/rollouts/3") == {"groups": reader.groups(3)}
     group = ask(client, "/api/rollouts/3/0")
     assert group == json.loads(json.dumps(reader.group(3, 0)))
