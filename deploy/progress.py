@@ -173,6 +173,22 @@ LINE_FIGURES = {
 """Figures of a step in a line for a log, where there are any."""
 
 
+ENDS = {
+    "finished": "finished",
+    "stopped": "stopped; it can be resumed",
+    "stopped by the guard": "stopped by the guard",
+    "failed": "failed",
+}
+"""The learner's last phases, and how people are told that a run has ended in them."""
+
+
+def describe_end(status: dict[str, Any]) -> str:
+    """How a run ended of which no process lives."""
+    if not status:
+        return "not started"
+    return ENDS.get(str(status.get("phase")), "interrupted: its learner ended without a word")
+
+
 def describe_phase(status: dict[str, Any]) -> str:
     """The learner's phase in words, and since when where that is longer than a glance."""
     phase = str(status.get("phase", ""))
@@ -183,7 +199,7 @@ def describe_phase(status: dict[str, Any]) -> str:
             f"warm start (SFT): batch {status['warm_start_batch']} of {status['warm_start_batches']},"
             f" loss {status['loss']:.3f}"
         )
-    unfinished = phase not in ("training", "finished", "stopped", "")
+    unfinished = phase not in ("training", "", *ENDS)
     return f"{phase}{_since(status.get('phase_since'))}" if unfinished and not status.get("waiting_for") else phase
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.dashboard.jsonl_tail import JsonlTail
-from deploy.progress import describe_phase, evals_line, minutes, sparkline, step_bar
+from deploy.progress import describe_end, describe_phase, evals_line, minutes, sparkline, step_bar
 from learner.telemetry.events import read_events
 from learner.telemetry.rates import Rates, lately, over_time, unbroken
 from learner.telemetry.sample import SERVING, ActorSample, Sample
@@ -55,6 +55,19 @@ CURVES = {
 """Column of metrics.jsonl -> name and form."""
 
 
+class Curve:
+    """The newest values of a figure."""
+
+    def __init__(self) -> None:
+        self.shown: deque[float] = deque(maxlen=POINTS)
+        self.count = 0
+        """Of all values there were."""
+
+    def add(self, value: float) -> None:
+        self.shown.append(value)
+        self.count += 1
+
+
 class RunWatch:
     """What the files of a run say, kept between two looks."""
 
@@ -62,8 +75,8 @@ class RunWatch:
         self.run = run
         self.recipe: Recipe = load_recipe(run.recipe)
         self.samples: deque[Sample] = deque(maxlen=KEPT_SAMPLES)
-        self.rows: list[dict[str, Any]] = []
-        """Of metrics.jsonl."""
+        self.curves: dict[str, Curve] = {}
+        """Column of metrics.jsonl (`CURVES`) -> what is drawn of it."""
         self._timeline, self._metrics = TimelineReader(run.timeline), JsonlTail(run.metrics)
         self.look()
 
@@ -75,12 +88,17 @@ class RunWatch:
         self.samples.extend(found)
         self.status: dict[str, Any] = read_json(self.run.status) or {}
         rows, replaced = self._metrics.new()
-        self.rows = rows if replaced else [*self.rows, *rows]
+        if replaced:
+            self.curves = {}
+        for row in rows:
+            for key in CURVES:
+                if row.get(key) is not None:
+                    self.curves.setdefault(key, Curve()).add(row[key])
         self.events = read_events(self.run.events, SHOWN_EVENTS)
         self.members: dict[str, Member] = {member.name: member for member in read_members(self.run)}
         wish = read_wish(self.run)
         self.wanted = wish.actors if wish else None
-        self.alive = self.run.is_held("learner")
+        self.alive = self.run.is_held("learner") or self.run.is_held("launcher")  # which may be starting it again
 
     @property
     def newest(self) -> Sample | None:
@@ -116,7 +134,7 @@ def screen(watch: RunWatch, now: float) -> RenderableType:
     parts = [_heading(watch, now)]
     if watch.newest is not None:
         parts += [Text(), _sides(watch), Text(), _flow(watch)]
-    if watch.rows:
+    if watch.curves:
         parts += [Text(), _curves(watch)]
     if watch.newest is not None and (watch.newest.actors or watch.members):
         parts += [Text(), _actors(watch)]
@@ -136,8 +154,7 @@ def _heading(watch: RunWatch, now: float) -> RenderableType:
     status, newest = watch.status, watch.newest
     rows: list[RenderableType] = []
     if not watch.alive:
-        words = {"finished": "finished", "stopped": "stopped; it can be resumed"}
-        rows.append(Text(words.get(str(status.get("phase")), "not running"), style="bold"))
+        rows.append(Text(describe_end(status), style="bold"))
     else:
         rows.append(Text(describe_phase(status) or "starting", style="bold"))
         if status.get("waiting_for"):
@@ -237,14 +254,13 @@ def _curves(watch: RunWatch) -> RenderableType:
     """What the run learns, step by step."""
     table = Table.grid(padding=(0, 2))
     for key, (name, form) in CURVES.items():
-        values = [row[key] for row in watch.rows if row.get(key) is not None]
-        if not values:
+        if key not in watch.curves:
             continue
-        shown = values[-POINTS:]
+        shown, count = [*watch.curves[key].shown], watch.curves[key].count
         is_share = key == "reward_mean" and min(shown) >= 0 and max(shown) <= 1
         line = sparkline(shown, *((0.0, 1.0) if is_share else (min(shown), max(shown))))
-        covers = f"steps {len(values) - len(shown) + 1} to {len(values)}"
-        table.add_row(name, form.format(values[-1]), Text(line, "cyan"), Text(covers, "dim"))
+        covers = f"steps {count - len(shown) + 1} to {count}"
+        table.add_row(name, form.format(shown[-1]), Text(line, "cyan"), Text(covers, "dim"))
     if watch.status.get("evals"):
         table.add_row("held out", Text(), Text(evals_line(watch.status["evals"]), "cyan"), Text())
     return table

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from learner.intake.source import StopFlag
-from learner.outcome import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USER, exit_code
+from learner.outcome import EXIT_FAILED, EXIT_FINISHED, EXIT_GUARD, EXIT_STOPPED, EXIT_USER, exit_code
 from learner.processes import Place, RankLost, die_with_parent, started, under_torchrun
 from protocol.config import Recipe, load_recipe
 from protocol.errors import EngineFailed, RecipeError
@@ -130,7 +130,8 @@ def _ranks(recipe: Recipe, run: RunDir, model: Path, place: Place | None) -> Ite
 
 def _fail(run: RunDir, code: int, error: str) -> int:
     logging.error("%s", error)
-    write_json(run.status, (read_json(run.status) or {}) | {"phase": "failed", "error": error})
+    phase = "stopped by the guard" if code == EXIT_GUARD else "failed"
+    write_json(run.status, (read_json(run.status) or {}) | {"phase": phase, "error": error})
     return code
 
 

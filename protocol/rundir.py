@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from protocol.errors import RecipeError
 
@@ -242,23 +242,29 @@ class LineTail:
         self.path = path
         self._inode = self._offset = 0
 
-    def new(self) -> tuple[list[bytes], bool]:
+    def new(self) -> tuple[Iterator[bytes], bool]:
         """(lines since the last call, whether the file is another one, so that what was read before is void).
 
-        A torn last line waits for its rest."""
+        Lines are read as they are taken: a long run's file is never in memory whole. A torn last line waits for its
+        rest."""
         try:
-            with open(self.path, "rb") as file:
-                found = os.fstat(file.fileno())
-                replaced = found.st_ino != self._inode or found.st_size < self._offset
-                if replaced:
-                    self._inode, self._offset = found.st_ino, 0
-                file.seek(self._offset)
-                data = file.read()
+            file = open(self.path, "rb")  # noqa: SIM115 - `_whole_lines` closes it
         except FileNotFoundError:
-            return [], False
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return whole.splitlines(), replaced
+            return iter(()), False
+        found = os.fstat(file.fileno())
+        replaced = found.st_ino != self._inode or found.st_size < self._offset
+        if replaced:
+            self._inode, self._offset = found.st_ino, 0
+        return self._whole_lines(file), replaced
+
+    def _whole_lines(self, file: BinaryIO) -> Iterator[bytes]:
+        with file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                yield line[:-1]
 
 
 def cut_torn_line(path: Path) -> None:

@@ -30,7 +30,7 @@ from learner.telemetry.events import note_event
 from learner.telemetry.sample import LEARNER_PHASES, ActorSample, Sample
 from learner.telemetry.timeline import Timeline
 from protocol.messages import Completion, Group, TicketId
-from protocol.rundir import RunDir, write_json
+from protocol.rundir import RunDir, replace_file, write_json
 from protocol.scaling import Member, Wish, write_members, write_wish
 
 CHROMIUM = os.environ.get("TANDEM_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or ""
@@ -68,7 +68,7 @@ class MadeRun:
         self.run.recipe.write_text(RECIPE.format(name=path.name, method=method, steps=steps))
         self.steps, self.method, self.random = steps, method, Random(7)
         self.t = self.began = began or time.time()
-        self.process, self.step, self.version = 4711, 0, 1
+        self.process, self.step, self.version, self.branch = 4711, 0, 1, 0
         self.phases = dict.fromkeys(LEARNER_PHASES, 0.0)
         self.phase, self.left = "starting", 3.0
         self.groups = self.queued = 0.0
@@ -188,6 +188,12 @@ class MadeRun:
         if self.step % 10 == 0:
             self.evaluation(f"step-{self.step:05d}", self.progress + 0.05)
 
+    def roll_back(self, step: int) -> None:
+        """Go on after an earlier step, on a new branch."""
+        rows = self.run.metrics.read_text().splitlines(keepends=True)
+        replace_file(self.run.metrics, "".join(rows[:step]))
+        self.step, self.branch = step, self.branch + 1
+
     @property
     def progress(self) -> float:
         return 0.09 + 0.68 / (1 + math.exp(-(self.step - 22) / 7))
@@ -223,13 +229,14 @@ class MadeRun:
             file.write(json.dumps(row) + "\n")
         self.write_status()
 
-    def write_status(self) -> None:
+    def write_status(self, **end: str) -> None:
+        """`end`: the learner's last words."""
         left_s = (self.steps - self.step) * (self.t - self.began) / self.step if self.step else None
         words = {"evaluating": "evaluation before", "starting": "starting"}
         write_json(self.run.status, {
             "phase": words.get(self.phase, "training"), "step": self.step, "steps": self.steps, "left_s": left_s,
             "started_at": self.began, "written_at": self.t, "waiting_for": "", "waited_s": 0.0,
-        })  # fmt: skip
+        } | end)  # fmt: skip
 
     def write_sample(self) -> None:
         sample = Sample(
@@ -279,6 +286,7 @@ class MadeRun:
         self.t += 1.0
         self.evaluation("after", self.progress + 0.05)
         self.write_sample()
+        self.write_status(phase="finished")
         note_event_at(self.run, self.t, "finished", f"{self.step} steps, the model is in model/")
         write_json(self.run.summary, {
             "name": self.run.path.name, "method": self.method, "steps": self.step, "wall_s": self.t - self.began,
@@ -357,7 +365,7 @@ def made_group(made: MadeRun, number: int) -> Group:
         logprobs += [-0.02 - 2.4 * random.random() ** 4 for _ in words]
     ids = [NUMBER[word] for words in texts for word in words]
     return Group(
-        id=TicketId(0, made.step * JOURNALED + number), kind="train", attempt=1, actor=f"actor-{number % 2}",
+        id=TicketId(made.branch, made.step * JOURNALED + number), kind="train", attempt=1, actor=f"actor-{number % 2}",
         prompt_ids=tuple(NUMBER[word] for word in pieces_of(prompt)), temperature=1.0, completions=tuple(completions),
         token_ids=np.array(ids, "<i4").tobytes(), logprobs=np.array(logprobs, "<f4").tobytes(), mask=b"\1" * len(ids),
     )  # fmt: skip
@@ -381,7 +389,7 @@ def keep_logprobs(made: MadeRun, groups: list[Group]) -> None:
         "completions": np.array([len(group.completions) for group in groups], np.int32),
     }
     about = {
-        "step": str(made.step), "version": str(made.version), "branch": "0",
+        "step": str(made.step), "version": str(made.version), "branch": str(made.branch),
         "ids": json.dumps([[group.id.epoch, group.id.index] for group in groups]),
     }  # fmt: skip
     save_file(tensors, made.run.rollouts / f"step-{made.step:08d}.safetensors", about)

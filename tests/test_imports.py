@@ -31,7 +31,13 @@ ONLY_IN = {
     "torch.distributed": {"learner/joining.py", "learner/ranks.py", "learner/sharding.py"},
     "wandb": {"learner/telemetry/wandb_log.py", "deploy/preflight.py"},
     "prometheus_client": {"learner/telemetry/exporter.py", "learner/telemetry/engines.py", "actor/vllm_engine.py"},
-    "msgspec.json": {"actor/grading.py", "actor/grading_worker.py", "actor/slots.py", "learner/telemetry/timeline.py"},
+    "msgspec.json": {
+        "actor/grading.py",
+        "actor/grading_worker.py",
+        "actor/slots.py",
+        "deploy/dashboard/jsonl_tail.py",
+        "learner/telemetry/timeline.py",
+    },
 }
 """Module -> the only files that may use it."""
 

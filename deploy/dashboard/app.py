@@ -3,7 +3,7 @@
     POST /api/login {"token"} -> cookie              GET /api/run, /api/now
     GET /api/timeline?since&points&have              GET /api/lanes?since&cells&have
     GET /api/steps?since                             POST /api/scale {"actors"}
-    GET /api/rollouts, /api/rollouts/STEP, /api/rollouts/STEP/INDEX
+    GET /api/rollouts?step, /api/rollouts/STEP, /api/rollouts/STEP/INDEX
 
 Who may call is decided before, in `access.py`. `server.py` runs it.
 """
@@ -42,7 +42,7 @@ TYPES = {
 class Rollouts(Protocol):
     """What `rollouts.RolloutReader` offers, to any number of threads; KeyError for what is not there."""
 
-    def steps(self) -> list[dict[str, Any]]: ...
+    def steps(self, asked: int | None = None) -> list[dict[str, Any]]: ...
     def groups(self, step: int) -> list[dict[str, Any]]: ...
     def group(self, step: int, index: int) -> dict[str, Any]: ...
 
@@ -122,8 +122,8 @@ class Api:
     def steps(self, request: Request) -> Response:
         return JSONResponse(self.readers.steps(int(_number(request, "since"))))
 
-    def rollout_steps(self, _: Request) -> Response:
-        return JSONResponse({"steps": self.rollouts.steps()})
+    def rollout_steps(self, request: Request) -> Response:
+        return JSONResponse({"steps": self.rollouts.steps(int(_number(request, "step")) or None)})
 
     def rollout_groups(self, request: Request) -> Response:
         return JSONResponse({"groups": self.rollouts.groups(request.path_params["step"])})

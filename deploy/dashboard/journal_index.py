@@ -7,7 +7,10 @@ Reads the heads of records and the compositions of steps, never the groups' toke
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from deploy.dashboard.jsonl_tail import JsonlTail
 from learner.intake.journal import HEAD_BYTES, Entry, read_index
@@ -52,9 +55,19 @@ class JournalIndex:
         except FileNotFoundError:
             self._start_over()
 
-    def steps(self) -> list[StepRecord]:
-        """Of the surviving branch, oldest first."""
-        return [record for _, record in sorted(self._steps.items()) if self._survives(record)]
+    def newest(self, count: int) -> list[StepRecord]:
+        """So many steps of the surviving branch at most, oldest first."""
+        return list(islice(self._surviving(range(len(self._order) - 1, -1, -1)), count))[::-1]
+
+    def around(self, step: int) -> list[StepRecord]:
+        """A step of the surviving branch, the one before it and the one after it; those of them that are there."""
+        at = bisect_left(self._order, step)
+        before = islice(self._surviving(range(at - 1, -1, -1)), 1)
+        return [*before, *islice(self._surviving(range(at, len(self._order))), 2)]
+
+    def _surviving(self, places: Iterable[int]) -> Iterator[StepRecord]:
+        records = (self._steps[self._order[place]] for place in places)
+        return (record for record in records if self._survives(record))
 
     def step(self, step: int) -> StepRecord:
         """Raises KeyError for a step that is not there, or given up."""
@@ -74,6 +87,8 @@ class JournalIndex:
         self._last: Entry | None = None
         self._offsets: dict[TicketId, int] = {}
         self._steps: dict[int, StepRecord] = {}
+        self._order: list[int] = []
+        """Steps, ascending."""
 
     def _add(self, entry: Entry) -> None:
         self._end, self._last = entry.end, entry
@@ -83,9 +98,10 @@ class JournalIndex:
             record = StepRecord(
                 entry.step["step"], entry.step["version"], tuple(TicketId(*id_) for id_ in entry.step["ids"])
             )
-            for later in [step for step in self._steps if step >= record.step]:
-                del self._steps[later]  # it was done anew, and those behind it are to come again
+            while self._order and self._order[-1] >= record.step:
+                del self._steps[self._order.pop()]  # it was done anew, and those behind it are to come again
             self._steps[record.step] = record
+            self._order.append(record.step)
 
     @staticmethod
     def _is_there(descriptor: int, entry: Entry) -> bool:

@@ -12,9 +12,8 @@ from typing import Any
 import msgspec
 
 from deploy.dashboard.history import History
-from deploy.progress import describe_phase
+from deploy.progress import ENDS, describe_end, describe_phase
 from learner.telemetry.events import read_events
-from learner.telemetry.sample import Sample
 from protocol.rundir import RunDir, read_json
 from protocol.scaling import Member, Wish, read_members, read_wish
 
@@ -62,7 +61,7 @@ def present(run: RunDir, history: History) -> dict[str, Any]:
         "now": time.time(),
         "alive": launcher or learner,
         "scalable": launcher and wish is not None,
-        "status": _status(status, newest),
+        "status": _status(status),
         "wish": {"actors": wish.actors, "by": wish.by} if wish else None,
         "actors": actor_rows(history, _members(run) if launcher else []),
         "advice": msgspec.to_builtins(newest.advice) if newest and newest.advice else None,
@@ -76,13 +75,15 @@ def present(run: RunDir, history: History) -> dict[str, Any]:
     }
 
 
-def _status(status: dict[str, Any], newest: Sample | None) -> dict[str, Any]:
-    """The learner's status.json in the words of the terminal's view."""
+def _status(status: dict[str, Any]) -> dict[str, Any]:
+    """The learner's status.json in the words of the terminal's view. "ended": it has said its last word; "end": how the
+    run has ended, if none of its processes lives."""
     kept = ("step", "steps", "left_s", "waiting_for", "waited_s", "doing", "error", "guard", "rollbacks", "written_at")
     found = {key: status[key] for key in kept if status.get(key) not in (None, "")}
     return found | {
         "phase": describe_phase(status),
-        "state": newest.phase if newest else "",
+        "ended": status.get("phase") in ENDS,
+        "end": describe_end(status),
         "started_at": status.get("started_at"),
         "pending": status.get("actors_pending") or {},
     }

@@ -27,6 +27,9 @@ from protocol.errors import WireError
 from protocol.messages import Completion, Group, TicketId
 from protocol.rundir import RunDir
 
+LISTED_STEPS = 500
+"""So many of the newest are offered; others are reached one by one, or by their address."""
+
 
 class RolloutReader:
     """The rollouts of one run. For any number of threads."""
@@ -39,11 +42,15 @@ class RolloutReader:
         self._rewards: dict[int, float | None] = {}
         self._token_text = TokenText(run.rollouts / "tokenizer.json")
 
-    def steps(self) -> list[dict[str, Any]]:
-        """Steps of the surviving branch, oldest first: {"step", "version": published after it, "groups": how many,
-        "reward": mean of the graded completions that were trained on; None until it is logged}."""
+    def steps(self, asked: int | None = None) -> list[dict[str, Any]]:
+        """The newest steps of the surviving branch, and one that is asked for with its neighbours, oldest first:
+
+        {"step", "version": published after it, "groups": how many, "reward": mean of the graded completions that were
+        trained on; None until it is logged}."""
         with self._lock:
             self._refresh()
+            around = [] if asked is None else self._index.around(asked)
+            found = {record.step: record for record in (*around, *self._index.newest(LISTED_STEPS))}
             return [
                 {
                     "step": record.step,
@@ -51,7 +58,7 @@ class RolloutReader:
                     "groups": len(record.ids),
                     "reward": self._rewards.get(record.step),
                 }
-                for record in self._index.steps()
+                for _, record in sorted(found.items())
             ]
 
     def groups(self, step: int) -> list[dict[str, Any]]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
+from array import array
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from deploy.dashboard.jsonl_tail import JsonlTail
 from protocol.rundir import RunDir, read_json
@@ -17,6 +23,8 @@ FIGURES = (
     "dpo_accuracy", "dpo_margin", "version", "mfu",
 )  # fmt: skip
 """Columns that are drawn."""
+MOST_POINTS = 1000
+"""The page draws means of neighbours, too: a first look at a long run needs no more."""
 
 
 class StepsReader:
@@ -27,30 +35,47 @@ class StepsReader:
         self.generation = 0
         """How often the file was replaced (a rollback, an amended line): rows given out before may no longer hold."""
         self._file = JsonlTail(run.metrics)
-        self._rows: list[dict[str, Any]] = []
+        self._forget()
         self._evaluations: dict[str, tuple[int, dict[str, Any] | None]] = {}
         """Name -> when its file was written (ns), and what is shown of it."""
+
+    def _forget(self) -> None:
+        self._steps = array("q")
+        """Of the rows, ascending."""
+        self._columns = {name: array("d") for name in FIGURES}
+        """NaN where a row has none."""
 
     def columns(self, since: int) -> dict[str, Any]:
         """{"generation", "step": [steps after `since`], "columns": figure -> values, None where there is none}.
 
-        Figures that no row has are left out."""
-        rows, replaced = self._file.new()
-        if replaced:
-            self.generation += bool(self._rows)
-            self._rows = []
-        self._rows += [row for row in rows if isinstance(row.get("step"), int)]
-        found = [row for row in self._rows if row["step"] > since]
-        known = [name for name in FIGURES if any(name in row for row in found)]
+        Figures that no row has are left out. Where there are more steps than `MOST_POINTS`, all but the first and the
+        last come as means of neighbours, by the last step of each."""
+        self._read()
+        first = bisect_right(self._steps, since)
+        steps = np.array(self._steps[first:], np.int64)
+        starts = bin_starts(len(steps))
+        found = {name: means(np.array(column[first:]), starts) for name, column in self._columns.items()}
         return {
             "generation": self.generation,
-            "step": [row["step"] for row in found],
-            "columns": {name: [_number(row.get(name)) for row in found] for name in known},
+            "step": steps[np.append(starts[1:], len(steps))[: len(starts)] - 1].tolist(),
+            "columns": {name: values for name, values in found.items() if any(value is not None for value in values)},
         }
+
+    def _read(self) -> None:
+        rows, replaced = self._file.new()
+        if replaced:
+            self.generation += bool(self._steps)
+            self._forget()
+        for row in rows:
+            if isinstance(row.get("step"), int):
+                self._steps.append(row["step"])
+                for name, column in self._columns.items():
+                    value = row.get(name)
+                    column.append(value if isinstance(value, int | float) else math.nan)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """[{"name", "step", "reward", "ci95", "problems"}] by step; those around a run at 0 and its last."""
-        last = int(self._rows[-1]["step"]) if self._rows else 0
+        last = self._steps[-1] if self._steps else 0
         found = []
         for path in self.run.eval.glob("*.json"):
             result = self._evaluation(path)
@@ -70,6 +95,24 @@ class StepsReader:
         except (OSError, ValueError):
             return None
         return self._evaluations[path.stem][1]
+
+
+def bin_starts(count: int) -> NDArray[np.int64]:
+    """Indices at which pieces of `count` rows begin: the first and the last row alone, at most about `MOST_POINTS`."""
+    wide = -(-count // MOST_POINTS)
+    return np.unique(np.concatenate(([0], np.arange(1, count - 1, wide), [count - 1]))) if wide else np.arange(0)
+
+
+def means(column: NDArray[np.float64], starts: NDArray[np.int64]) -> list[float | None]:
+    """Of each piece; None where a piece has no value."""
+    if not len(starts):
+        return []
+    known = np.isfinite(column)
+    counts = np.add.reduceat(known, starts, dtype=np.int64)
+    sums = np.add.reduceat(np.where(known, column, 0.0), starts)
+    return [
+        _number(total / count) if count else None for total, count in zip(sums.tolist(), counts.tolist(), strict=True)
+    ]
 
 
 def _result(found: Any) -> dict[str, Any] | None:

@@ -108,9 +108,10 @@ class Telemetry:
         self.metrics.see(self.newest)
         self._timeline.write(self.newest, force)
 
-    def __exit__(self, *_: object) -> None:
-        """Take a last sample, in the phase in which the run ended."""
-        self.clock.enter("finished")
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Take a last sample, in the phase in which the run ended: "finished" only where it went to its end."""
+        if kind is None:
+            self.clock.enter("finished")
         self._stop.set()
         self._thread.join(STOP_S)
         if not self._thread.is_alive():

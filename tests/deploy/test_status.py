@@ -10,11 +10,11 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from deploy.status import RunWatch, screen, show
+from deploy.status import POINTS, RunWatch, screen, show
 from learner.telemetry.events import note_event
 from learner.telemetry.sample import ActorSample, Advice, Sample
 from learner.telemetry.timeline import Timeline
-from protocol.rundir import RunDir, write_json
+from protocol.rundir import RunDir, read_json, write_json
 from protocol.scaling import Member, Wish, write_members, write_wish
 
 BEGAN = 1_700_000_000.0
@@ -109,6 +109,18 @@ def test_status_shows_curve_and_events(run: RunDir) -> None:
     assert "before 0.125" in text and "actor-7 was silent for 15 s" in text
 
 
+def test_status_keeps_of_a_long_run_what_it_draws(run: RunDir) -> None:
+    rows = [{"step": step, "reward_mean": step / 1000, "loss": 1.0} for step in range(1, 901)]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    watch = RunWatch(run)
+    assert {key: len(curve.shown) for key, curve in watch.curves.items()} == {"reward_mean": POINTS}
+    assert f"steps {901 - POINTS} to 900" in line_with(text_of(run), "reward  ")
+    run.metrics.rename(run.path / "old")
+    run.metrics.write_text(json.dumps({"step": 1, "entropy": 0.5}) + "\n")
+    watch.look()
+    assert watch.curves.keys() == {"entropy"}, "rolled back"
+
+
 def test_status_of_a_learner_without_a_word(run: RunDir) -> None:
     with run.lock("learner"):
         assert "no word from the learner for 100 s" in text_of(run, now=BEGAN + 160)
@@ -159,6 +171,30 @@ def test_status_knows_each_sample_once_after_the_timeline_was_thinned_out(run: R
     timeline.close()
     watch.look()
     assert [one.t - BEGAN for one in watch.samples] == [*range(0, 61, 2), 61]
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ({"phase": "finished"}, "finished"),
+        ({"phase": "stopped"}, "stopped; it can be resumed"),
+        ({"phase": "stopped by the guard", "error": "the guard ended the run: KL"}, "stopped by the guard"),
+        ({"phase": "failed", "error": "RuntimeError: CUDA error"}, "failed"),
+        ({}, "interrupted: its learner ended without a word"),
+    ],
+)
+def test_status_says_how_a_run_ended(run: RunDir, status: dict[str, str], words: str) -> None:
+    write_json(run.status, read_json(run.status) | status)
+    head = text_of(run).splitlines()
+    assert head[1].strip("│ ") == words
+    assert status.get("error", "") in head[2]
+
+
+def test_status_of_a_learner_that_its_launcher_starts_again(run: RunDir) -> None:
+    write_json(run.status, read_json(run.status) | {"phase": "failed", "error": "RuntimeError: CUDA error"})
+    with run.lock("launcher"):
+        assert RunWatch(run).alive
+        assert text_of(run).splitlines()[1].strip("│ ") == "failed"
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])

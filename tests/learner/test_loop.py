@@ -492,6 +492,7 @@ def test_guard_stops_at_the_last_good_checkpoint(tmp_path: Path, model: Path) ->
         learn(recipe, tmp_path, model)
     stopped = RunDir(tmp_path)
     versions, summary = read_jsonl(stopped.versions), read_json(stopped.summary)
+    assert "finished" not in {sample.phase for sample in TimelineReader(stopped.timeline).new()}
     given_up = max(row["version"] for row in versions if not row["branch"])
     measured = read_json(stopped.eval / "after.json")
     assert measured["version_tokens"].keys() == {str(versions[-1]["version"])} and versions[-1]["step"] == 0

@@ -69,8 +69,8 @@ function connection() {
   if (mark.textContent !== text) mark.textContent = text;
   mark.dataset.state = name;
   document.body.classList.toggle("lost", Boolean(page.lostSince));
-  const gone = page.lostSince && page.now?.status?.state === "finished";
-  if (gone) say("notice", "The run has finished, and its launcher with it. `tandem dashboard RUN` shows it again.");
+  const gone = page.lostSince && page.now?.status.ended;
+  if (gone) say("notice", `The run has ended (${page.now.status.end}), and this page's server with it. \`tandem dashboard RUN\` shows it again.`);
   else if (!page.refused && page.lostSince) say("notice", "The server does not answer: the last state is shown. The page tries again.");
   else if (!page.refused) say("notice", "");
 }

@@ -102,19 +102,19 @@ export class Overview {
     const figure = (key) => this.steps.columns[key]?.findLast((value) => value !== null) ?? null;
     const first = (key) => this.steps.columns[key]?.find((value) => value !== null) ?? null;
     const { summary } = now;
-    const live = now.alive;
+    const live = now.alive || !summary; // without a summary the last figures are all there is
     const wanted = now.wish?.actors;
     const serving = now.actors.filter((actor) => ["generating", "updating", "waiting"].includes(actor.state)).length;
     const tiles = [];
-    if (run.draws) tiles.push(["rollout", "Rollout", short(live ? last("rollout_tokens_per_s") : summary?.rollout_tokens_per_s), "tokens/s", live ? `actors busy ${percent(mean(series?.busy_share))}` : "while generating"]);
-    tiles.push(["learner", "Learner", short(live ? last("learner_tokens_per_s") ?? figure("learner_tokens_per_s") : summary?.learner_tokens_per_s), "tokens/s", live && run.draws ? `waits ${percent(mean(series?.waiting_share))}` : "while training"]);
+    if (run.draws) tiles.push(["rollout", "Rollout", short(live ? last("rollout_tokens_per_s") : summary.rollout_tokens_per_s), "tokens/s", live ? `actors busy ${percent(mean(series?.busy_share))}` : "while generating"]);
+    tiles.push(["learner", "Learner", short(live ? last("learner_tokens_per_s") ?? figure("learner_tokens_per_s") : summary.learner_tokens_per_s), "tokens/s", live && run.draws ? `waits ${percent(mean(series?.waiting_share))}` : "while training"]);
     if (run.draws) tiles.push(["reward", "Reward", short(figure("reward_mean")), "", first("reward_mean") === null ? "after the first step" : `first step ${short(first("reward_mean"))}`]);
     else tiles.push(["loss", "Loss", short(figure("loss")), "", first("loss") === null ? "after the first step" : `first step ${short(first("loss"))}`]);
     const evaluation = this.steps.evaluations?.at(-1);
     tiles.push(["evaluation", "Held-out", short(evaluation?.reward), evaluation?.ci95 ? `± ${short(evaluation.ci95)}` : "", evaluation ? evaluation.name.replace(/^step-0*/, "step ") : "no evaluation yet"]);
     if (run.draws) {
       tiles.push(["lag", "Lag", short(figure("lag_mean")), "steps", `largest ${short(figure("lag_max"))}, allowed ${run.recipe["rollout.max_lag"] ?? NONE}`]);
-      tiles.push(["actors-tile", "Actors", live ? `${serving}` : short(summary?.actors?.max), live && wanted !== undefined && wanted !== serving ? `of ${wanted}` : "", plural((live ? now.restarted : summary?.actors?.restarted) ?? 0, "restart")]);
+      tiles.push(["actors-tile", "Actors", live ? `${serving}` : short(summary.actors?.max), now.alive && wanted !== undefined && wanted !== serving ? `of ${wanted}` : "", plural((live ? now.restarted : summary.actors?.restarted) ?? 0, "restart")]);
       tiles.push(["version", "Weights", now.version ? `v${now.version}` : NONE, "", now.tickets.trained === undefined ? "" : `${short(now.tickets.trained)} groups trained`]);
     }
     byId("tiles").replaceChildren(
@@ -225,17 +225,13 @@ const mean = (values) => {
   return found.length ? found.reduce((sum, value) => sum + value, 0) / found.length : null;
 };
 
-function phaseOf({ alive, status, summary }) {
-  if (alive) return status.doing || status.phase || "starting";
-  if (status.state === "finished" || status.phase === "finished") return "finished";
-  if (status.error) return "failed";
-  return summary || status.phase ? "stopped" : "not started";
-}
+const phaseOf = ({ alive, status }) => (alive ? status.doing || status.phase || "starting" : status.end);
 
+/** When; after how long only of a run that went to its end: else the summary is of the last checkpoint. */
 function endOf({ alive, status, summary }) {
-  if (alive || !summary) return "";
-  const when = status.written_at ? `${day(status.written_at)} ${clock(status.written_at, false)}, ` : "";
-  return `${when}after ${duration(summary.wall_s)}`;
+  if (alive || !status.written_at) return "";
+  const when = `${day(status.written_at)} ${clock(status.written_at, false)}`;
+  return summary && status.phase === "finished" ? `${when}, after ${duration(summary.wall_s)}` : when;
 }
 
 function whyNothing(run, now) {

@@ -27,7 +27,7 @@ export class Rollouts {
     this.select = el("select", { "aria-label": "Step", onchange: () => this.open(Number(this.select.value), 0) });
     this.older = el("button", { type: "button", "aria-label": "Step before", onclick: () => this.beside(-1) }, "‹");
     this.newer = el("button", { type: "button", "aria-label": "Step after", onclick: () => this.beside(1) }, "›");
-    this.newest = el("button", { type: "button", class: "quiet", onclick: () => this.open(this.steps.at(-1).step, 0) }, "newest");
+    this.newest = el("button", { type: "button", class: "quiet", title: "The newest step, and each one that comes", onclick: () => this.latest() }, "newest");
     this.about = el("span", { class: "muted small", id: "step-about" });
     this.modes = el("div", { class: "segmented", role: "group", "aria-label": "Tokens coloured by" }, ...MODES.map(([name, text]) => el("button", { type: "button", "aria-pressed": String(name === this.mode), data: { mode: name }, onclick: () => this.colour(name) }, text)));
     this.legend = el("div", { class: "token-legend", id: "token-legend" });
@@ -40,10 +40,17 @@ export class Rollouts {
     this.detail.addEventListener("pointerout", hideTip);
   }
 
-  /** What the address says: [step, index], or nothing, which means the newest. */
+  /** What the address says: [step, index], or nothing, which means the newest, and each one that comes. */
   go([step, index]) {
     this.follow = !Number.isInteger(step);
+    if (this.follow || step !== this.step) this.asked = 0; // its neighbours are not known yet
     [this.step, this.index] = this.follow ? [null, null] : [step, Number.isInteger(index) ? index : 0];
+  }
+
+  latest() {
+    window.scrollTo(0, 0);
+    this.go([]);
+    location.hash = "rollouts";
   }
 
   open(step, index) {
@@ -59,7 +66,7 @@ export class Rollouts {
   async update(run, now) {
     if (Date.now() - this.asked > STEPS_ASKED_MS) {
       this.asked = Date.now();
-      this.steps = (await get("api/rollouts")).steps;
+      this.steps = (await get("api/rollouts", this.step === null ? {} : { step: this.step })).steps;
     }
     const any = this.steps.length > 0;
     this.message.hidden = any;
@@ -68,9 +75,11 @@ export class Rollouts {
       this.message.textContent = !run.draws ? `Method ${run.method} trains on data: there are no rollouts to look at.` : now.alive ? "No step has been made yet: rollouts appear with the first one." : "This run has no rollouts: it made no step, or its journal is gone.";
       return;
     }
-    if (this.step === null) [this.step, this.index] = [this.steps.at(-1).step, 0];
+    const newest = this.steps.at(-1).step;
+    if (this.step === null || (this.follow && this.step !== newest && !this.isRead())) [this.step, this.index] = [newest, 0];
+    this.version = this.steps.find(({ step }) => step === this.step)?.version; // after a rollback the step comes again
     this.showSteps();
-    const key = `${this.step}/${this.index}`;
+    const key = `${this.step}/${this.index}/${this.version}`;
     if (this.shown === key) return;
     this.shown = key;
     try {
@@ -81,27 +90,34 @@ export class Rollouts {
     }
   }
 
+  /** Whether somebody is busy with what is shown, so that a newer step must not take its place. */
+  isRead() {
+    const scrolled = window.scrollY > 0 || [this.list, ...this.detail.querySelectorAll(".text")].some((part) => part.scrollTop > 0);
+    const selection = getSelection();
+    return scrolled || !byId("tip").hidden || document.activeElement === this.select || (!selection.isCollapsed && this.body.contains(selection.anchorNode));
+  }
+
   showSteps() {
     const known = `${this.steps[0].step}-${this.steps.at(-1).step}/${this.steps.length}/${this.step}`;
     if (known !== this.stepsKey) {
       this.stepsKey = known;
-      const near = this.steps.slice(-500);
+      const near = [...this.steps];
       if (!near.some(({ step }) => step === this.step)) near.unshift({ step: this.step });
       this.select.replaceChildren(...near.map(({ step }) => el("option", { value: String(step), selected: step === this.step }, String(step))).reverse());
     }
     const at = this.steps.findIndex(({ step }) => step === this.step);
     this.older.disabled = at <= 0;
     this.newer.disabled = at < 0 || at === this.steps.length - 1;
-    this.newest.disabled = at === this.steps.length - 1;
+    this.newest.disabled = this.follow && at === this.steps.length - 1;
     const found = this.steps[at];
     this.about.textContent = found ? [plural(found.groups, "group"), `mean reward ${short(found.reward)}`, `made version ${found.version ?? NONE}`].join(" · ") : "";
   }
 
   async showGroups() {
-    const [step, index] = [this.step, this.index];
+    const [step, index, listed] = [this.step, this.index, `${this.step}/${this.version}`];
     try {
-      if (this.listed !== step) {
-        this.listed = step;
+      if (this.listed !== listed) {
+        this.listed = listed;
         this.list.replaceChildren(); // no click goes to a group of the step before
         const { groups } = await get(`api/rollouts/${step}`);
         if (this.step !== step) return;

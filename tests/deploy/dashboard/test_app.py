@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from starlette.testclient import TestClient
 from deploy.dashboard import access as access_module
 from deploy.dashboard.access import Access, cookie_name
 from deploy.dashboard.app import STATIC, make_app
+from deploy.dashboard.history import History
+from deploy.dashboard.overview import present
 from deploy.dashboard.rollouts import RolloutReader
+from deploy.dashboard.steps import MOST_POINTS, StepsReader
 from deploy.scale import MAX_ACTORS
 from protocol.keys import make_keys
-from protocol.rundir import RunDir, read_json
+from protocol.rundir import RunDir, read_json, write_json
 from protocol.scaling import Wish, read_wish, write_wish
 from tests.dashboard_harness import HOSTILE, MadeRun
 
@@ -93,6 +97,23 @@ def test_now_has_status_actors_advice_and_events(client: TestClient, made: MadeR
     assert (found["alive"], found["scalable"], found["wish"]) == (False, False, {"actors": 2, "by": "the recipe"})
 
 
+@pytest.mark.parametrize(
+    ("phase", "ended", "end"),
+    [
+        ("training", False, "interrupted: its learner ended without a word"),
+        ("finished", True, "finished"),
+        ("stopped", True, "stopped; it can be resumed"),
+        ("stopped by the guard", True, "stopped by the guard"),
+        ("failed", True, "failed"),
+    ],
+)
+def test_now_says_how_a_run_ended(tmp_path: Path, phase: str, ended: bool, end: str) -> None:
+    run = RunDir(tmp_path)
+    write_json(run.status, {"phase": phase, "phase_since": 1.0, "step": 3})
+    status = present(run, History())["status"]
+    assert (status["phase"].split(" (")[0], status["ended"], status["end"]) == (phase, ended, end)
+
+
 def test_now_says_what_the_launcher_waits_for(client: TestClient, run: RunDir) -> None:
     run.actors.write_text(
         '[{"name": "actor-0", "state": "running"}, {"name": "actor-2", "state": "pending", "why": "no room"}]'
@@ -137,9 +158,27 @@ def test_steps_that_were_rolled_back_show_as_another_generation(tmp_path: Path) 
     assert (found["generation"], found["step"]) == (1, [1])
 
 
+def test_first_look_at_a_long_run_is_short_and_exact_at_both_ends(tmp_path: Path) -> None:
+    run, count = RunDir(tmp_path).create(), 20 * MOST_POINTS + 7
+    rows = [{"step": step, "loss": float(step)} | ({"lr": 0.5} if step == 30 else {}) for step in range(1, count + 1)]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = StepsReader(run)
+    found = reader.columns(0)
+    steps, losses = found["step"], found["columns"]["loss"]
+    assert MOST_POINTS / 2 < len(steps) <= MOST_POINTS + 2
+    assert (steps[0], losses[0], steps[-1], losses[-1]) == (1, 1.0, count, count)
+    assert losses[1:-1] == [(low + 1 + high) / 2 for low, high in pairwise(steps[:-1])]
+    assert [value for value in found["columns"]["lr"] if value is not None] == [0.5], "a mean of those that have one"
+    assert found["columns"].keys() == {"loss", "lr"}
+    with open(run.metrics, "a") as file:
+        file.write(json.dumps({"step": count + 1, "loss": 0.25}) + "\n")
+    assert reader.columns(count) == {"generation": 0, "step": [count + 1], "columns": {"loss": [0.25]}}
+
+
 def test_rollouts_are_those_of_the_reader(client: TestClient, run: RunDir) -> None:
     reader = RolloutReader(run)
     assert ask(client, "/api/rollouts") == {"steps": reader.steps()}
+    assert ask(client, "/api/rollouts", step=2) == {"steps": reader.steps(2)}
     assert ask(client, "/api/rollouts/3") == {"groups": reader.groups(3)}
     group = ask(client, "/api/rollouts/3/0")
     assert group == json.loads(json.dumps(reader.group(3, 0)))

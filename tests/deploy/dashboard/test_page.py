@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from deploy.dashboard.rollouts import LISTED_STEPS, RolloutReader
 from deploy.dashboard.server import Dashboard
 from protocol.rundir import RunDir
 from protocol.scaling import Wish, read_wish
-from tests.dashboard_harness import CHROMIUM, HOSTILE, NO_BROWSER, SHOTS, MadeRun, browser, served
+from tests.dashboard_harness import CHROMIUM, HOSTILE, JOURNALED, NO_BROWSER, SHOTS, MadeRun, browser, served
 
 pytest.importorskip("playwright.sync_api", reason="needs playwright: `pip install playwright`")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason=NO_BROWSER)
@@ -171,6 +172,8 @@ def test_an_ended_run_says_so_and_has_no_buttons(ended: RunDir, serve: Serve, vi
     page = visit(dashboard)
     drawn(page)
     assert page.inner_text("#phase") == "Finished"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d, after 3:4\d min", page.inner_text("#left"))
+    assert page.wait_for_selector("#lanes-legend >> text=finished")
     assert page.inner_text("#connection") == "not running"
     assert page.inner_text("#advice-side") == "last advice"
     assert not page.is_visible("#scale")
@@ -180,6 +183,33 @@ def test_an_ended_run_says_so_and_has_no_buttons(ended: RunDir, serve: Serve, vi
     assert page.wait_for_selector("#tip").inner_text().startswith("learner: ")
     page.click("summary")
     page.wait_for_selector("#shares tbody tr >> text=actor-3")
+
+
+ENDS = {
+    "failed": ({"phase": "failed", "error": "RuntimeError: CUDA error"}, "Failed"),
+    "stopped": ({"phase": "stopped"}, "Stopped; it can be resumed"),
+    "guarded": ({"phase": "stopped by the guard", "error": "the guard ended the run: KL"}, "Stopped by the guard"),
+    "killed": ({}, "Interrupted: its learner ended without a word"),
+}
+
+
+@pytest.mark.parametrize("name", list(ENDS))
+def test_a_run_that_ended_early_is_not_called_finished(tmp_path: Path, serve: Serve, visit: Visit, name: str) -> None:
+    end, words = ENDS[name]
+    with made_run(tmp_path / name, alive=False) as made:
+        made.write_status(**end)
+        page = visit(serve(made.run), ignore=OFFLINE)
+        drawn(page)
+        assert page.inner_text("#phase") == words
+        assert page.inner_text("#left") == time.strftime("%Y-%m-%d %H:%M", time.localtime(made.t))
+        assert page.inner_text("#error") == end.get("error", "")
+        assert "finished" not in page.inner_text("#lanes-legend")
+        assert int(page.inner_text("#tile-rollout .value").split()[0].replace(".", "").replace("k", "")) > 0
+        picture(page, f"ended-{name}")
+        page.context.set_offline(True)
+        notice = f"The run has ended ({words.lower()})" if end else "The server does not answer"
+        holds(page, f"document.getElementById('notice').textContent.startsWith('{notice}')")
+        picture(page, f"ended-{name}-lost")
 
 
 def test_theme_button_overrides_the_system_and_is_remembered(ended: RunDir, serve: Serve, visit: Visit) -> None:
@@ -226,6 +256,85 @@ def test_rollouts_are_browsed_token_by_token(ended: RunDir, serve: Serve, visit:
     page.hover("#group .tokens span:nth-child(3)")
     tip = page.wait_for_selector("#tip").inner_text()
     assert re.search(r"^\".*\"\nengine −\d\.\d{3} nats\nlearner .*\nratio .*\nversion \d+, token 3 of \d+", tip)
+
+
+def open_rollouts(page: Any, place: str) -> None:
+    """Of STEP/INDEX."""
+    page.evaluate("place => { location.hash = `rollouts/${place}` }", place)
+    page.wait_for_selector(f"#group[data-shown='{place}']")
+
+
+def test_a_step_that_is_made_anew_takes_the_place_of_the_one_given_up(
+    tmp_path: Path, serve: Serve, visit: Visit
+) -> None:
+    with made_run(tmp_path / "rolled") as made:
+        page = visit(serve(made.run))
+        step = made.step
+        open_rollouts(page, f"{step}/1")
+        assert page.inner_text("#group .prompt h3") == f"Prompt 0/{step * JOURNALED + 1}"
+        made.roll_back(step - 1)
+        made.end_step()
+        page.wait_for_selector(f"#step-about >> text=made version {made.version}")
+        page.wait_for_selector(f"#group .prompt h3 >> text=Prompt 1/{step * JOURNALED + 1}")
+        group = RolloutReader(made.run).groups(step)[1]
+        reward = sum(group["rewards"]) / len(group["rewards"])
+        assert float(page.inner_text("#groups li:nth-child(2) b")) == pytest.approx(reward, abs=0.001), "the list, too"
+        assert page.evaluate("location.hash") == f"#rollouts/{step}/1"
+
+
+def test_the_newest_step_is_followed_until_one_is_read_or_chosen(tmp_path: Path, serve: Serve, visit: Visit) -> None:
+    with made_run(tmp_path / "followed") as made:
+        page = visit(serve(made.run))
+
+        def next_step() -> None:
+            """One more, and the page knows of it."""
+            made.end_step()
+            page.wait_for_selector(f"#rollouts option[value='{made.step}']", state="attached")
+
+        page.click("#tab-rollouts")
+        page.wait_for_selector(f"#group[data-shown='{made.step}/0']")
+        assert page.is_disabled("#rollouts >> text=newest")
+        next_step()
+        page.wait_for_selector(f"#group[data-shown='{made.step}/0']")
+        page.evaluate("window.scrollTo(0, 120)")
+        read = made.step
+        next_step()
+        assert page.input_value("#rollouts select") == str(read), "somebody has scrolled to where they read"
+        assert page.get_attribute("#group", "data-shown") == f"{read}/0"
+        picture(page, "rollouts-read-on")
+        page.click("#rollouts >> text=newest")
+        page.wait_for_selector(f"#group[data-shown='{made.step}/0']")
+        assert page.evaluate("window.scrollY") == 0
+        page.click("#groups li:nth-child(2) a")
+        chosen = made.step
+        page.wait_for_selector(f"#group[data-shown='{chosen}/1']")
+        next_step()
+        assert page.get_attribute("#group", "data-shown") == f"{chosen}/1", "somebody has chosen it"
+        page.click("#rollouts >> text=newest")
+        page.wait_for_selector(f"#group[data-shown='{made.step}/0']")
+        next_step()
+        page.wait_for_selector(f"#group[data-shown='{made.step}/0']")
+
+
+def test_every_step_of_a_long_run_is_reached(tmp_path: Path, serve: Serve, visit: Visit) -> None:
+    with made_run(tmp_path / "long") as made:
+        assert made.journal is not None
+        newest = RolloutReader(made.run).groups(made.step)
+        ids = [(0, int(group["id"].split("/")[1])) for group in newest]
+        for step in range(made.step + 1, LISTED_STEPS + 101):
+            made.journal.append_step(step, step + 1, ids)
+        page = visit(serve(made.run))
+        open_rollouts(page, "50/0")
+        assert page.locator("#rollouts option").count() == LISTED_STEPS + 3, "the newest, this one and its neighbours"
+        for button, step in (("before", 49), ("before", 48), ("after", 49), ("after", 50), ("after", 51)):
+            page.click(f"[aria-label='Step {button}']:enabled")
+            page.wait_for_selector(f"#group[data-shown='{step}/0']")
+            holds(page, f"document.querySelector('#rollouts option[value=\"{step + 1}\"]') !== null")
+        open_rollouts(page, "1/0")
+        assert page.is_disabled("[aria-label='Step before']")
+        page.click("#rollouts >> text=newest")
+        page.wait_for_selector(f"#group[data-shown='{LISTED_STEPS + 100}/0']")
+        assert page.is_disabled("[aria-label='Step after']")
 
 
 def test_scale_buttons_leave_wishes(tmp_path: Path, serve: Serve, visit: Visit) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from deploy.dashboard.rollouts import RolloutReader
+from deploy.dashboard.journal_index import JournalIndex
+from deploy.dashboard.rollouts import LISTED_STEPS, RolloutReader
 from deploy.dashboard.token_text import MOST_UNFINISHED, TokenText
-from learner.intake.journal import HEAD_BYTES, Journal, read_groups, read_index
+from learner.intake.journal import HEAD_BYTES, Entry, Journal, read_groups, read_index
 from learner.intake.source import StopFlag
 from learner.loop import Learner
 from learner.publish import Versions
@@ -104,6 +105,43 @@ def test_steps_come_with_their_versions_and_rewards_as_they_are_written(run: Run
         file.write('ard_mean": 0.75, "trained_reward_mean": 0.5}\n')
     assert reader.steps()[1:] == [{"step": 2, "version": 3, "groups": 1, "reward": 0.5}]
     assert [g["id"] for g in reader.groups(1)] == ["0/1", "0/0"], "in the order of the batch"
+
+
+def test_of_many_steps_the_newest_are_listed_and_one_that_is_asked_for(run: RunDir, journal: Journal) -> None:
+    count = LISTED_STEPS + 100
+    for step in range(1, count + 1):
+        journal.append_step(step, step + 1, [(0, step)])
+    reader, newest = RolloutReader(run), list(range(101, count + 1))
+
+    def listed(asked: int | None = None) -> list[int]:
+        return [row["step"] for row in reader.steps(asked)]
+
+    assert listed() == newest
+    assert listed(50) == [49, 50, 51, *newest]
+    assert listed(1) == [1, 2, *newest]
+    assert listed(101) == [100, *newest]
+    assert listed(300) == listed(count) == newest
+    replace_file(run.versions, '{"version": 9999, "step": 40, "branch": 1}\n')
+    assert listed(50) == list(range(1, 41)), "the rest was rolled back"
+    journal.append_step(41, 10000, [(1, 41)])
+    assert listed() == list(range(1, 42))
+
+
+def test_a_step_is_taken_into_the_index_without_a_look_at_the_others(run: RunDir, journal: Journal) -> None:
+    """Else the index of a long run takes time that grows with the square of its steps."""
+    compared = 0
+
+    class Number(int):
+        def __ge__(self, other: int) -> bool:
+            nonlocal compared
+            compared += 1
+            return int(self) >= int(other)
+
+    index = JournalIndex(run)
+    for step in (*range(1, 201), *range(150, 301)):
+        index._add(Entry(0, 0, "step", b"", None, {"step": Number(step), "version": step, "ids": []}))
+    assert [record.step for record in index.newest(1000)] == list(range(1, 301))
+    assert compared < 2 * 351
 
 
 def test_groups_of_a_step_say_who_drew_what(run: RunDir, journal: Journal) -> None:
