@@ -27,6 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
+from learner.telemetry.engines import EngineMetricsPage
 from learner.telemetry.registry import METRICS, STEP_BUCKETS, Metric
 from learner.telemetry.sample import ActorSample, Sample
 from learner.telemetry.values import Values, has_counts, of_figures, of_sample
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 
 REQUEST_S = 10.0
 """A client that neither asks nor reads for so long is cut off."""
+PAGES = ("/metrics", "/engines", "/")
+TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 MAX_CLIENTS = 16
 """At once; the next ones are turned away."""
 STEP_PHASES = {"total": "step_s", "wait": "wait_s", "train": "train_s", "publish": "publish_s"}
@@ -202,33 +205,31 @@ class _Server(ThreadingWSGIServer):
         log.debug("a scrape was cut off", exc_info=True)
 
 
-def _pages(**collectors: Collector) -> Callable[..., Iterable[bytes]]:
-    """A WSGI application with a page for each collector, under its name; / is the first one.
-
-    Always in Prometheus' plain text: as OpenMetrics, which Prometheus would rather have, prometheus_client 0.26 writes
-    `vllm_x` for vLLM's `vllm:x`."""
-    apps: dict[str, Callable[..., Iterable[bytes]]] = {}
-    for name, collector in collectors.items():
-        registry = CollectorRegistry()
-        registry.register(collector)
-        apps[f"/{name}"] = make_wsgi_app(registry)
-    apps["/"] = next(iter(apps.values()))
+def _pages(metrics: Collector, engines: EngineMetricsPage) -> Callable[..., Iterable[bytes]]:
+    """A WSGI application with the pages /metrics, also called /, and /engines. Always in Prometheus' plain text."""
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    own = make_wsgi_app(registry)
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if (page := apps.get(environ["PATH_INFO"])) is not None:
-            return page(environ | {"HTTP_ACCEPT": "text/plain"}, start_response)
-        start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
-        return [f"found {environ['PATH_INFO']!r}, allowed: {', '.join(apps)}\n".encode()]
+        path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
+        if path not in PAGES:
+            start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+            return [f"found {path!r}, allowed: {', '.join(PAGES)}\n".encode()]
+        if path == "/engines" and method == "GET":
+            start_response("200 OK", [("Content-Type", TEXT_FORMAT)])
+            return [engines.text()]
+        return own(environ | {"HTTP_ACCEPT": "text/plain"}, start_response)  # says what other methods than GET get
 
     return app
 
 
 @contextmanager
-def serving(metrics: Collector, engines: Collector, recipe: Recipe, run: RunDir) -> Iterator[str]:
+def serving(metrics: RunMetrics, engines: EngineMetricsPage, recipe: Recipe, run: RunDir) -> Iterator[str]:
     """Within: metrics are served by HTTP, and the run's file of scrape targets says where. Yields HOST:PORT.
 
     Raises RecipeError if the port cannot be bound."""
-    app = _pages(metrics=metrics, engines=engines)
+    app = _pages(metrics, engines)
     host, port = bind_address(recipe.metrics.host), recipe.metrics.port
     try:
         server = make_server(host, port, app, _Server, _Handler)

@@ -16,9 +16,9 @@ from urllib.request import Request, urlopen
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 
 from learner.loop import Learner
+from learner.telemetry.engines import EngineMetricsPage
 from learner.telemetry.exporter import MAX_CLIENTS, RunMetrics, serving
 from learner.telemetry.registry import BY_NAME, METRICS, Metric
 from learner.telemetry.sample import ActorSample, Advice, Sample
@@ -35,11 +35,6 @@ ACTOR = ActorSample(
     "generating", "serving", version=3, held=2, running=5, room=8, tokens=100, serving_s=10.0, busy_s=8.0,
     running_s=40.0, paused_s=1.0, pause_s=0.5, fetch_s=0.25, swaps=2, grader_errors=1, rss_bytes=1 << 20,
 )  # fmt: skip
-
-
-class NoEngines(Collector):
-    def collect(self) -> list[Any]:
-        return []
 
 
 TICKETS = {"issued": 9, "trained": 4, "queued": 2, "leased": 3, "duplicates": 6, "reissued": 7}
@@ -228,7 +223,7 @@ def test_an_actor_without_a_heartbeat_shows_no_counts_and_goes_on_with_them(sile
 
 def test_prometheus_finds_the_endpoint_while_it_is_there(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    with serving(full(), NoEngines(), recipe_of(name="hand"), run) as place:
+    with serving(full(), EngineMetricsPage(), recipe_of(name="hand"), run) as place:
         assert place.startswith("127.0.0.1:")
         assert read_json(run.scrape_targets) == [{"targets": [place], "labels": {"run": "hand"}}]
         assert scrape(place) == scrape(place, "/")
@@ -239,12 +234,12 @@ def test_prometheus_finds_the_endpoint_while_it_is_there(tmp_path: Path) -> None
 
 
 def test_endpoint_listens_on_ipv6(tmp_path: Path) -> None:
-    with serving(full(), NoEngines(), recipe_of(metrics={"host": "::1"}), RunDir(tmp_path)) as place:
+    with serving(full(), EngineMetricsPage(), recipe_of(metrics={"host": "::1"}), RunDir(tmp_path)) as place:
         assert place.startswith("[::1]:") and "tandem_run_info" in scrape(place)
 
 
 def test_nothing_but_reading_is_allowed(tmp_path: Path) -> None:
-    with serving(full(), NoEngines(), recipe_of(), RunDir(tmp_path)) as place:
+    with serving(full(), EngineMetricsPage(), recipe_of(), RunDir(tmp_path)) as place:
         for method in ("POST", "PUT", "DELETE"):
             connection = http.client.HTTPConnection(place, timeout=10)
             connection.request(method, "/metrics", body=b"x")
@@ -253,7 +248,7 @@ def test_nothing_but_reading_is_allowed(tmp_path: Path) -> None:
 
 
 def test_another_page_is_not_found(tmp_path: Path) -> None:
-    with serving(full(), NoEngines(), recipe_of(), RunDir(tmp_path)) as place:
+    with serving(full(), EngineMetricsPage(), recipe_of(), RunDir(tmp_path)) as place:
         assert scrape(place, "/engines") == ""
         with pytest.raises(HTTPError, match="404") as caught:
             scrape(place, "/keys/actor.json")
@@ -262,7 +257,7 @@ def test_another_page_is_not_found(tmp_path: Path) -> None:
 
 def test_idle_clients_are_few(tmp_path: Path) -> None:
     """Who only connects takes one of the threads, and there are never more of them."""
-    with serving(full(), NoEngines(), recipe_of(), RunDir(tmp_path)) as place:
+    with serving(full(), EngineMetricsPage(), recipe_of(), RunDir(tmp_path)) as place:
         host, port = place.split(":")
         idle = [socket.create_connection((host, int(port)), 10) for _ in range(MAX_CLIENTS + 1)]
         assert idle[-1].recv(1) == b"", "closed at once"
@@ -283,7 +278,7 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with (
             pytest.raises(RecipeError, match=rf"metrics.port: found {port}, .*in use.*allowed: a free port, 0 for any"),
-            serving(full(), NoEngines(), recipe_of(metrics={"port": port}), RunDir(tmp_path)),
+            serving(full(), EngineMetricsPage(), recipe_of(metrics={"port": port}), RunDir(tmp_path)),
         ):
             pass
     assert not RunDir(tmp_path).scrape_targets.exists()
@@ -292,7 +287,7 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
 def test_a_foreign_address_is_named(tmp_path: Path) -> None:
     with (
         pytest.raises(RecipeError, match=r"metrics.host: found '192.0.2.1', .*allowed: one of this machine's own"),
-        serving(full(), NoEngines(), recipe_of(metrics={"host": "192.0.2.1"}), RunDir(tmp_path)),
+        serving(full(), EngineMetricsPage(), recipe_of(metrics={"host": "192.0.2.1"}), RunDir(tmp_path)),
     ):
         pass
 
