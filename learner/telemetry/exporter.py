@@ -95,10 +95,8 @@ class RunMetrics(Collector):
     def __init__(self, recipe: Recipe) -> None:
         self.planned = recipe.steps
         """Steps that the run is to make."""
-        self._constants: dict[str, Values] = {
-            "tandem_run_info": {(recipe.name, recipe.method, recipe.model.path): 1.0},
-            "tandem_run_start_time_seconds": {(): time.time()},
-        }
+        self._recipe = recipe
+        self._constants: dict[str, Values] = {"tandem_run_start_time_seconds": {(): time.time()}}
         self._lock = threading.Lock()
         self._sample: Sample | None = None
         self._before: Sample | None = None
@@ -106,6 +104,12 @@ class RunMetrics(Collector):
         self._lasting = {metric.figure for metric in METRICS if metric.lasts}
         self._steps = {phase: Histogram(STEP_BUCKETS) for phase in STEP_PHASES}
         self._growing = Growing()
+
+    def of_run(self, run: RunDir) -> None:
+        """Whose metrics these are; told before they are served."""
+        labels = (name_of(run), self._recipe.method, self._recipe.model.path)
+        with self._lock:
+            self._constants["tandem_run_info"] = {labels: 1.0}
 
     def see(self, sample: Sample) -> None:
         """The run as it is now."""
@@ -154,6 +158,11 @@ class RunMetrics(Collector):
         for labels, value in values.items():
             family.add_metric(labels, value)
         return family
+
+
+def name_of(run: RunDir) -> str:
+    """The label `run`: what the run's directory is called. Several runs may have been started with one recipe."""
+    return run.path.resolve().name
 
 
 def _family(metric: Metric) -> Family:
@@ -229,6 +238,7 @@ def serving(metrics: RunMetrics, engines: EngineMetricsPage, recipe: Recipe, run
     """Within: metrics are served by HTTP, and the run's file of scrape targets says where. Yields HOST:PORT.
 
     Raises RecipeError if the port cannot be bound."""
+    metrics.of_run(run)
     app = _pages(metrics, engines)
     host, port = bind_address(recipe.metrics.host), recipe.metrics.port
     try:
@@ -238,7 +248,7 @@ def serving(metrics: RunMetrics, engines: EngineMetricsPage, recipe: Recipe, run
     place = f"[{host}]:{server.server_port}" if ":" in host else f"{host}:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="metrics", daemon=True)
     thread.start()
-    replace_file(run.scrape_targets, json.dumps([{"targets": [place], "labels": {"run": recipe.name}}]) + "\n")
+    replace_file(run.scrape_targets, json.dumps([{"targets": [place], "labels": {"run": name_of(run)}}]) + "\n")
     log.info("metrics for Prometheus: http://%s/metrics", place)
     try:
         yield place

@@ -69,6 +69,7 @@ def page_of(metrics: RunMetrics) -> Page:
 
 def full() -> RunMetrics:
     metrics = RunMetrics(recipe_of())
+    metrics.of_run(RunDir(Path("runs/full")))
     metrics.see(SAMPLE)
     metrics.see(
         Sample(**{name: getattr(SAMPLE, name) for name in SAMPLE.__struct_fields__} | {"actors": later(SAMPLE)})
@@ -159,7 +160,7 @@ def test_lengths_of_steps_are_counted_into_buckets() -> None:
 
 def test_what_has_no_value_is_left_out() -> None:
     metrics = RunMetrics(recipe_of(method="sft"))
-    assert set(page_of(metrics)) == {"tandem_run_info", "tandem_run_start_time_seconds"}
+    assert set(page_of(metrics)) == {"tandem_run_start_time_seconds"}
     metrics.see(Sample(t=1.0, process=1))
     metrics.step({"step_s": 1.0, "loss": math.nan, "nll": 2.0})
     page = page_of(metrics)
@@ -222,15 +223,29 @@ def test_an_actor_without_a_heartbeat_shows_no_counts_and_goes_on_with_them(sile
 
 
 def test_prometheus_finds_the_endpoint_while_it_is_there(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
+    run = RunDir(tmp_path / "hand-2").create()
     with serving(full(), EngineMetricsPage(), recipe_of(name="hand"), run) as place:
         assert place.startswith("127.0.0.1:")
-        assert read_json(run.scrape_targets) == [{"targets": [place], "labels": {"run": "hand"}}]
+        assert read_json(run.scrape_targets) == [{"targets": [place], "labels": {"run": "hand-2"}}]
         assert scrape(place) == scrape(place, "/")
         assert "python_info" not in scrape(place) and "process_" not in scrape(place), "nothing of the process's own"
     assert not run.scrape_targets.exists()
     with pytest.raises(OSError):
         scrape(place)
+
+
+def test_runs_of_one_recipe_are_told_apart_by_their_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [RunDir(tmp_path / name).create() for name in ("demo", "demo-2")]
+    monkeypatch.chdir(runs[0].path)
+    runs[0] = RunDir(Path())
+    for run, name in zip(runs, ("demo", "demo-2"), strict=True):
+        with serving(RunMetrics(recipe_of(name="demo")), EngineMetricsPage(), recipe_of(name="demo"), run) as place:
+            (target,) = read_json(run.scrape_targets)
+            assert target["labels"] == {"run": name}
+            (info,) = parse(scrape(place))["tandem_run_info"]
+            assert dict(info)["run"] == name, "the page and its target say the same"
 
 
 def test_endpoint_listens_on_ipv6(tmp_path: Path) -> None:
@@ -338,7 +353,7 @@ def test_a_run_exports_what_its_files_say(tmp_path: Path, model: Path) -> None:
             if metric.figure in row:
                 assert page[metric.name] == {(): pytest.approx(row[metric.figure])}, metric.name
     last = pages[-1]
-    assert last["tandem_run_info"] == {(("method", "grpo"), ("model", "bundled"), ("run", "scraped")): 1}
+    assert last["tandem_run_info"] == {(("method", "grpo"), ("model", "bundled"), ("run", tmp_path.name)): 1}
     assert last["tandem_learner_tokens_total"] == {(): summary["learner_tokens"]}
     assert last["tandem_tickets"][(("state", "trained"),)] == summary["tickets"]["trained"] == 16
     assert last["tandem_actors_started_total"] == {(): summary["actors"]["started"]}
