@@ -16,6 +16,8 @@ from benchmarks.scale_learner import Learner
 from learner.intake.journal import read_groups
 from protocol import codec
 from protocol.messages import TicketId
+from tests.actor_harness import until
+from tests.learner.telemetry.test_exporter import parse, scrape
 
 DEADLINE_S = 30.0
 
@@ -43,7 +45,7 @@ def test_two_simulated_actors_groups_are_all_journaled_once_and_acknowledged(
     tmp_path: Path, keys: bool, fsync: bool
 ) -> None:
     enough = 1_200  # more than two steps: versions are followed
-    with Learner(tmp_path, 2, keys, fsync, heartbeat_s=0.1) as learner:
+    with Learner(tmp_path, 2, keys, fsync, heartbeat_s=0.1, telemetry=keys) as learner:
         swarm = Swarm(["actor-0", "actor-1"], learner.endpoint, learner.keys, 8, 100_000.0, 0.1)
         deadline, turns = time.monotonic() + DEADLINE_S, itertools.count()
 
@@ -61,7 +63,13 @@ def test_two_simulated_actors_groups_are_all_journaled_once_and_acknowledged(
         tally, sample = swarm.tally, learner.sample()
         assert learner.server.crash is None
         assert sample["faults"].keys() <= {"unroutable"}, "only what the actors left unheard"
+        until(lambda: not learner.server.peers, "the goodbyes of both, whose leases go back")
         counts = learner.server.dispatcher.counts()
+        assert bool(learner.metrics) == keys
+        if keys:
+            whole = {(): learner.accepted()[0]}
+            place, name = learner.metrics, "tandem_groups_accepted_total"
+            until(lambda: parse(scrape(place)).get(name) == whole, "a sample of the end")
     journaled = list(read_groups(tmp_path / "groups.journal"))
     assert counts["duplicates"] == counts["reissued"] - counts["leased"] == 0
     assert len(journaled) == len({group.id for group in journaled}) == learner.accepted()[0]
