@@ -3,10 +3,11 @@
 python -m benchmarks.scale [--actors 1,8,64,512] [--ways curve,plain,fsync] [--tokens-per-s 2500]
 
 The learner's process is a real one but for the training: hub, dispatcher and journal in their thread, real sockets
-(`scale_learner.py`). The actors speak the real protocol over real links (`scale_actors.py`); their groups, of 8
-completions of 256 tokens on average, are prepared beforehand (`scale_groups.py`), so that the senders are not what is
-measured. With two cores or more the learner has the first one for all of its threads and the actors have the second, so
-that they burn none of its CPU; but on loopback the kernel does a part of receiving in the sender's name.
+(`scale_learner.py`). It samples itself once a second and is scraped as often, unless `--no-telemetry`. The actors speak
+the real protocol over real links (`scale_actors.py`); their groups, of 8 completions of 256 tokens on average, are
+prepared beforehand (`scale_groups.py`), so that the senders are not what is measured. With two cores or more the
+learner has the first one for all of its threads and the actors have the second, so that they burn none of its CPU; but
+on loopback the kernel does a part of receiving in the sender's name.
 
 For each number of actors, one after the other: nothing to do but heartbeats (`idle`), groups at the pace of engines of
 `--tokens-per-s` each (`paced`), every ticket answered at once (`saturating`). `capacity` is groups for a CPU second of
@@ -26,10 +27,13 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 from rich.console import Console
@@ -45,6 +49,7 @@ WAYS = ("curve", "plain", "fsync")
 PER_PROCESS = 128
 WINDOWS = {"idle": 3, "paced": 3, "saturating": 7}
 TIMEOUT_S = 120.0
+SCRAPE_EVERY_S = 1.0
 
 
 @contextlib.contextmanager
@@ -69,15 +74,35 @@ def _heard(pipe: Any, what: str) -> Any:
     return pipe.recv()
 
 
-def measure(actors: int, way: str, tokens_per_s: float, window_s: float, directory: Path | None) -> dict[str, Any]:
+@contextlib.contextmanager
+def _scraping(place: str) -> Iterator[None]:
+    """Within: a page of the learner's metrics is asked for every second, where there is one."""
+    ending = threading.Event()
+
+    def scrape() -> None:
+        while not ending.wait(SCRAPE_EVERY_S):
+            with urlopen(f"http://{place}/metrics", timeout=TIMEOUT_S) as page:
+                page.read()
+
+    with contextlib.ExitStack() as stack:
+        if place:
+            pool = stack.enter_context(ThreadPoolExecutor(1))
+            stack.callback(pool.submit(scrape).result)
+            stack.callback(ending.set)
+        yield
+
+
+def measure(
+    actors: int, way: str, tokens_per_s: float, window_s: float, directory: Path | None, telemetry: bool
+) -> dict[str, Any]:
     """All modes for a number of actors."""
     cpus = sorted(os.sched_getaffinity(0))
     first, second = (cpus[0], cpus[1]) if len(cpus) > 1 else (None, None)
     names = [f"actor-{i}" for i in range(actors)]
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(tempfile.TemporaryDirectory(dir=directory, prefix="scale-"))
-        learner = stack.enter_context(_process(learn, run, actors, way != "plain", way == "fsync", first))
-        endpoint, keys, rss_before = _heard(learner, "the learner")
+        learner = stack.enter_context(_process(learn, run, actors, way != "plain", way == "fsync", telemetry, first))
+        endpoint, keys, metrics, rss_before = _heard(learner, "the learner")
         learner.send("sample")
         rss_alone = _heard(learner, "the learner")["rss"]
         swarms = []
@@ -89,6 +114,7 @@ def measure(actors: int, way: str, tokens_per_s: float, window_s: float, directo
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not all of {actors} actors serve a version")
             time.sleep(0.2)
+        stack.enter_context(_scraping(metrics))
         found: dict[str, list[dict[str, Any]]] = {}
         for mode, windows in WINDOWS.items():
             if mode != "idle":
@@ -98,9 +124,9 @@ def measure(actors: int, way: str, tokens_per_s: float, window_s: float, directo
                 _heard(learner, "the learner")
             time.sleep(window_s)  # until it goes evenly
             found[mode] = [_window(learner, swarms, window_s) for _ in range(windows)]
-    return {"actors": actors, "way": way, "rss_mb_before": rss_before / 1e6, "rss_mb_alone": rss_alone / 1e6} | {
-        mode: _summary(rows) for mode, rows in found.items()
-    }
+    described = {"actors": actors, "way": way, "telemetry": telemetry}
+    memory = {"rss_mb_before": rss_before / 1e6, "rss_mb_alone": rss_alone / 1e6}
+    return described | memory | {mode: _summary(rows) for mode, rows in found.items()}
 
 
 def _collect(swarms: list[Any]) -> list[Any]:
@@ -209,6 +235,7 @@ def main() -> None:
     parser.add_argument("--tokens-per-s", type=float, default=2_500.0, help="of each actor's engine, where paced")
     parser.add_argument("--window-s", type=float, default=2.0)
     parser.add_argument("--directory", type=Path, help="where the journal is written; default: as temporary files")
+    parser.add_argument("--no-telemetry", action="store_true", help="without sampler and scrapes")
     parser.add_argument("--no-file", action="store_true", help="store no result")
     options = parser.parse_args()
     if unknown := set(options.ways.split(",")) - set(WAYS):
@@ -217,7 +244,8 @@ def main() -> None:
     rows = []
     for way in options.ways.split(","):
         for actors in map(int, options.actors.split(",")):
-            rows.append(measure(actors, way, options.tokens_per_s, options.window_s, options.directory))
+            telemetry = not options.no_telemetry
+            rows.append(measure(actors, way, options.tokens_per_s, options.window_s, options.directory, telemetry))
             console.print(
                 f"{way}, {actors} actors: {rows[-1]['saturating']['groups_per_s'][1]:.0f} groups/s, "
                 f"{rows[-1]['saturating']['capacity'][1]:.0f} for a CPU second"

@@ -50,7 +50,7 @@ def adapted_config(directory: Path, runs: Path) -> Path:
         (r"\.\./\.\./runs/", f"{runs}/", 1),
         (r"- rules\.yml", f"- {rules}", 1),
         (r"/tmp/ray/", f"{directory}/", 1),
-        (r"(interval|timeout): \d+s", rf"\1: {EVERY}", 6),
+        (r"(interval|timeout): \d+s", rf"\1: {EVERY}", 7),
     ):
         text, found = re.subn(pattern, replacement, text)
         assert found == times, f"{pattern} stands {found} times in prometheus.yml, the test expects {times}"

@@ -30,7 +30,7 @@ ONLY_IN = {
     "uvicorn": {"deploy/dashboard/server.py"},
     "torch.distributed": {"learner/joining.py", "learner/ranks.py", "learner/sharding.py"},
     "wandb": {"learner/telemetry/wandb_log.py", "deploy/preflight.py"},
-    "prometheus_client": {"learner/telemetry/exporter.py", "learner/telemetry/engines.py", "actor/vllm_engine.py"},
+    "prometheus_client": {"learner/telemetry/exporter.py", "actor/vllm_engine.py"},
     "msgspec.json": {
         "actor/grading.py",
         "actor/grading_worker.py",

@@ -27,6 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
+from learner.telemetry.engines import EngineMetricsPage
 from learner.telemetry.registry import METRICS, STEP_BUCKETS, Metric
 from learner.telemetry.sample import ActorSample, Sample, has_counts
 from learner.telemetry.values import Values, of_figures, of_sample
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 
 REQUEST_S = 10.0
 """A client that neither asks nor reads for so long is cut off."""
+PAGES = ("/metrics", "/engines", "/")
+TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 MAX_CLIENTS = 16
 """At once; the next ones are turned away."""
 STEP_PHASES = {"total": "step_s", "wait": "wait_s", "train": "train_s", "publish": "publish_s"}
@@ -88,11 +91,11 @@ class Growing:
 class RunMetrics(Collector):
     """The run's metrics, for a registry of their own. `see` and `step` are told; scrapes come from other threads."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, run: RunDir) -> None:
         self.planned = recipe.steps
         """Steps that the run is to make."""
         self._constants: dict[str, Values] = {
-            "tandem_run_info": {(recipe.name, recipe.method, recipe.model.path): 1.0},
+            "tandem_run_info": {(name_of(run), recipe.method, recipe.model.path): 1.0},
             "tandem_run_start_time_seconds": {(): time.time()},
         }
         self._lock = threading.Lock()
@@ -152,6 +155,11 @@ class RunMetrics(Collector):
         return family
 
 
+def name_of(run: RunDir) -> str:
+    """The label `run`: what the run's directory is called. Several runs may have been started with one recipe."""
+    return run.path.resolve().name
+
+
 def _family(metric: Metric) -> Family:
     kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
     return kinds[metric.kind](metric.name, metric.help, labels=metric.labels)
@@ -201,33 +209,31 @@ class _Server(ThreadingWSGIServer):
         log.debug("a scrape was cut off", exc_info=True)
 
 
-def _pages(**collectors: Collector) -> Callable[..., Iterable[bytes]]:
-    """A WSGI application with a page for each collector, under its name; / is the first one.
-
-    Always in Prometheus' plain text: as OpenMetrics, which Prometheus would rather have, prometheus_client 0.26 writes
-    `vllm_x` for vLLM's `vllm:x`."""
-    apps: dict[str, Callable[..., Iterable[bytes]]] = {}
-    for name, collector in collectors.items():
-        registry = CollectorRegistry()
-        registry.register(collector)
-        apps[f"/{name}"] = make_wsgi_app(registry)
-    apps["/"] = next(iter(apps.values()))
+def _pages(metrics: Collector, engines: EngineMetricsPage) -> Callable[..., Iterable[bytes]]:
+    """A WSGI application with the pages /metrics, also called /, and /engines. Always in Prometheus' plain text."""
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    own = make_wsgi_app(registry)
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if (page := apps.get(environ["PATH_INFO"])) is not None:
-            return page(environ | {"HTTP_ACCEPT": "text/plain"}, start_response)
-        start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
-        return [f"found {environ['PATH_INFO']!r}, allowed: {', '.join(apps)}\n".encode()]
+        path, method = environ["PATH_INFO"], environ["REQUEST_METHOD"]
+        if path not in PAGES:
+            start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+            return [f"found {path!r}, allowed: {', '.join(PAGES)}\n".encode()]
+        if path == "/engines" and method == "GET":
+            start_response("200 OK", [("Content-Type", TEXT_FORMAT)])
+            return [engines.text()]
+        return own(environ | {"HTTP_ACCEPT": "text/plain"}, start_response)  # says what other methods than GET get
 
     return app
 
 
 @contextmanager
-def serving(metrics: Collector, engines: Collector, recipe: Recipe, run: RunDir) -> Iterator[str]:
+def serving(metrics: RunMetrics, engines: EngineMetricsPage, recipe: Recipe, run: RunDir) -> Iterator[str]:
     """Within: metrics are served by HTTP, and the run's file of scrape targets says where. Yields HOST:PORT.
 
     Raises RecipeError if the port cannot be bound."""
-    app = _pages(metrics=metrics, engines=engines)
+    app = _pages(metrics, engines)
     host, port = bind_address(recipe.metrics.host), recipe.metrics.port
     try:
         server = make_server(host, port, app, _Server, _Handler)
@@ -236,7 +242,7 @@ def serving(metrics: Collector, engines: Collector, recipe: Recipe, run: RunDir)
     place = f"[{host}]:{server.server_port}" if ":" in host else f"{host}:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), name="metrics", daemon=True)
     thread.start()
-    replace_file(run.scrape_targets, json.dumps([{"targets": [place], "labels": {"run": recipe.name}}]) + "\n")
+    replace_file(run.scrape_targets, json.dumps([{"targets": [place], "labels": {"run": name_of(run)}}]) + "\n")
     log.info("metrics for Prometheus: http://%s/metrics", place)
     try:
         yield place

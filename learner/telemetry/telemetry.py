@@ -52,7 +52,7 @@ class Telemetry:
         self.clock = PhaseClock()
         self.sampler = Sampler(self.clock, step, doing, memory)
         self.advisor = Advisor()
-        self.metrics = RunMetrics(recipe)
+        self.metrics = RunMetrics(recipe, run)
         self.engines = EngineMetricsPage()
         self.newest: Sample | None = None
         self._stack = ExitStack()

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
+from prometheus_client.parser import text_string_to_metric_families
 
 from actor.vllm_engine import BATCHED_TOKENS, VLLMEngine
 from learner.telemetry.engines import families_of
@@ -123,7 +124,8 @@ async def test_updates_in_flight_leave_true_spans(engine: VLLMEngine, model_dir:
 
 async def test_engine_tells_vllms_own_metrics(engine: VLLMEngine) -> None:
     def drawn(text: str) -> float:
-        families = {family.name: family for family in families_of(text)}
+        assert families_of(text, "actor-0"), "the learner takes it"
+        families = {family.name: family for family in text_string_to_metric_families(text)}
         assert {"vllm:num_requests_running", "vllm:kv_cache_usage_perc"} <= set(families)
         return sum(sample.value for sample in families["vllm:generation_tokens"].samples)
 

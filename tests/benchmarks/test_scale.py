@@ -17,6 +17,7 @@ from learner.intake.journal import read_groups
 from protocol import codec
 from protocol.messages import TicketId
 from tests.actor_harness import until
+from tests.learner.telemetry.test_exporter import parse, scrape
 
 DEADLINE_S = 120.0
 
@@ -44,7 +45,7 @@ def test_two_simulated_actors_groups_are_all_journaled_once_and_acknowledged(
     tmp_path: Path, keys: bool, fsync: bool
 ) -> None:
     enough = 1_200  # more than two steps: versions are followed
-    with Learner(tmp_path, 2, keys, fsync, heartbeat_s=0.1) as learner:
+    with Learner(tmp_path, 2, keys, fsync, heartbeat_s=0.1, telemetry=keys) as learner:
         swarm = Swarm(["actor-0", "actor-1"], learner.endpoint, learner.keys, 8, 100_000.0, 0.1)
         deadline, turns = time.monotonic() + DEADLINE_S, itertools.count()
 
@@ -62,6 +63,11 @@ def test_two_simulated_actors_groups_are_all_journaled_once_and_acknowledged(
         until(lambda: not learner.server.peers, "the intake to hear both goodbyes")
         tally, cpu_s = swarm.tally, learner.sample()["cpu_s"]
         assert learner.server.crash is None
+        assert bool(learner.metrics) == keys
+        if keys:
+            whole = {(): learner.accepted()[0]}
+            place, name = learner.metrics, "tandem_groups_accepted_total"
+            until(lambda: parse(scrape(place)).get(name) == whole, "a sample of the end")
     counts, sample = learner.server.dispatcher.counts(), learner.sample()
     assert sample["faults"].keys() <= {"unroutable"}, "only what the actors left unheard"
     journaled = list(read_groups(tmp_path / "groups.journal"))

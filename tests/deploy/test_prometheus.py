@@ -16,7 +16,10 @@ import yaml
 from deploy.grafana.panels import ROWS
 from deploy.ports import PORTS
 from deploy.prometheus.expressions import ENGINE_METRICS, Selector, faults, known_series, names
-from protocol.rundir import RunDir
+from learner.telemetry.engines import EngineMetricsPage
+from learner.telemetry.exporter import RunMetrics, serving
+from protocol.rundir import RunDir, read_json
+from tests.learner.test_loop import recipe_of
 from tests.prometheus_harness import PROMETHEUS_FILES, program
 
 
@@ -172,6 +175,27 @@ def test_a_rule_that_changed_its_mind_fails_the_rule_tests(before: str, after: s
     (tmp_path / "rules_test.yml").write_text(yaml.safe_dump(tests))
     with pytest.raises(AssertionError, match=name):
         promtool("test", "rules", "rules_test.yml", directory=tmp_path)
+
+
+def test_a_run_after_another_of_its_recipe_is_not_compared_with_it(tmp_path: Path) -> None:
+    """The second one begins where the first one began, within the hour: no reward has collapsed."""
+    recipe = recipe_of(name="demo")
+    series: dict[str, str] = {}
+    for name, reward in (("demo", "0.8x60"), ("demo-2", "0.1x90")):
+        run = RunDir(tmp_path / name).create()
+        with serving(RunMetrics(recipe, run), EngineMetricsPage(), recipe, run):
+            ((_, label),) = read_json(run.scrape_targets)[0]["labels"].items()
+        before = f"{series[label]} _x5 " if label in series else "_x65 " if series else ""
+        series[label] = f"{before}{reward}"
+    given = [{"series": f'{metric}{{run="{label}"}}', "values": values} for label, values in series.items()
+             for metric in ("tandem_reward_mean", "tandem_reward_std")]  # fmt: skip
+    asked = {"expr": 'ALERTS{alertname="TandemRewardCollapsed",alertstate="firing"}', "eval_time": "1h50m"}
+    test = {"interval": "1m", "input_series": given, "promql_expr_test": [asked | {"exp_samples": []}]}
+    shutil.copy(PROMETHEUS_FILES / "rules.yml", tmp_path)
+    (tmp_path / "rules_test.yml").write_text(
+        yaml.safe_dump({"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": [test]})
+    )
+    promtool("test", "rules", "rules_test.yml", directory=tmp_path)
 
 
 # --- the scrape configuration ---------------------------------------------------------------------------------------

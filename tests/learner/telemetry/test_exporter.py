@@ -17,9 +17,9 @@ import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.registry import Collector
 
 from learner.loop import Learner
+from learner.telemetry.engines import EngineMetricsPage
 from learner.telemetry.exporter import MAX_CLIENTS, RunMetrics, serving
 from learner.telemetry.registry import BY_NAME, METRICS, Metric
 from learner.telemetry.sample import ActorSample, Advice, Sample
@@ -39,11 +39,7 @@ ACTOR = ActorSample(
 )  # fmt: skip
 
 
-class NoEngines(Collector):
-    def collect(self) -> list[Any]:
-        return []
-
-
+RUN = RunDir(Path("runs/full"))
 TICKETS = {"issued": 9, "trained": 4, "queued": 2, "leased": 3, "duplicates": 6, "reissued": 7}
 SAMPLE = Sample(
     t=1000.0, process=1, step=2, version=3, phase="training", phases={"training": 5.0, "waiting": 2.0},
@@ -75,7 +71,7 @@ def page_of(metrics: RunMetrics) -> Page:
 
 
 def full() -> RunMetrics:
-    metrics = RunMetrics(recipe_of())
+    metrics = RunMetrics(recipe_of(), RUN)
     metrics.see(SAMPLE)
     metrics.see(
         Sample(**{name: getattr(SAMPLE, name) for name in SAMPLE.__struct_fields__} | {"actors": later(SAMPLE)})
@@ -152,7 +148,7 @@ def test_values_come_from_sample_and_step() -> None:
 
 
 def test_advice_that_is_still_measured_is_no_figure() -> None:
-    metrics = RunMetrics(recipe_of())
+    metrics = RunMetrics(recipe_of(), RUN)
     metrics.see(msgspec.structs.replace(SAMPLE, advice=Advice("unknown", "measuring")))
     advised = ("tandem_bottleneck", "tandem_advised", "tandem_learner_waiting_ratio", "tandem_actors_busy_ratio")
     assert [name for name in page_of(metrics) if name.startswith(advised)] == []
@@ -173,7 +169,7 @@ def test_lengths_of_steps_are_counted_into_buckets() -> None:
 
 
 def test_what_has_no_value_is_left_out() -> None:
-    metrics = RunMetrics(recipe_of(method="sft"))
+    metrics = RunMetrics(recipe_of(method="sft"), RUN)
     assert set(page_of(metrics)) == {"tandem_run_info", "tandem_run_start_time_seconds"}
     metrics.see(Sample(t=1.0, process=1))
     metrics.step({"step_s": 1.0, "loss": math.nan, "nll": 2.0})
@@ -183,7 +179,7 @@ def test_what_has_no_value_is_left_out() -> None:
 
 
 def test_a_figure_that_not_every_step_has_stays() -> None:
-    metrics = RunMetrics(recipe_of())
+    metrics = RunMetrics(recipe_of(), RUN)
     metrics.step({"eval_reward": 0.25, "delta_bytes": 7.0})
     metrics.step({"reference_kl_k3": 0.125})
     page = page_of(metrics)
@@ -212,14 +208,14 @@ def waited(page: Page) -> float:
 
 
 def test_a_counter_out_of_differences_does_not_go_back() -> None:
-    metrics = RunMetrics(recipe_of())
+    metrics = RunMetrics(recipe_of(), RUN)
     assert generated(seen(metrics, serving_s=10.0, busy_s=8.0, paused_s=1.0)) == 7.0
     assert generated(seen(metrics, serving_s=10.5, busy_s=8.5, paused_s=3.0)) == 7.0, "a pause is told at its end"
     assert generated(seen(metrics, serving_s=13.0, busy_s=11.0, paused_s=3.0)) == 8.0
 
 
 def test_counters_of_a_restarted_actor_begin_anew() -> None:
-    metrics = RunMetrics(recipe_of())
+    metrics = RunMetrics(recipe_of(), RUN)
     seen(metrics, tokens=100, busy_s=8.0)
     page = seen(metrics, tokens=3, busy_s=0.1, serving_s=0.2, paused_s=0.0, incarnation="p2")
     assert page["tandem_rollout_tokens_total"] == {(("actor", "actor-0"),): 3}
@@ -230,7 +226,7 @@ def test_counters_of_a_restarted_actor_begin_anew() -> None:
 
 @pytest.mark.parametrize("silent", [{"state": "gone"}, {"state": "starting", "phase": "connecting"}])
 def test_an_actor_without_a_heartbeat_shows_no_counts_and_goes_on_with_them(silent: dict[str, str]) -> None:
-    metrics = RunMetrics(recipe_of())
+    metrics = RunMetrics(recipe_of(), RUN)
     seen(metrics)
     metrics.see(Sample(t=1.0, process=1, tickets=TICKETS, actors={"actor-0": ActorSample(**silent)}))  # type: ignore[arg-type]
     page = page_of(metrics)
@@ -240,7 +236,7 @@ def test_an_actor_without_a_heartbeat_shows_no_counts_and_goes_on_with_them(sile
 
 
 def test_occupancy_is_of_one_process() -> None:
-    metrics = RunMetrics(recipe_of())
+    metrics = RunMetrics(recipe_of(), RUN)
     seen(metrics, serving_s=10.0, running_s=40.0)
     assert "tandem_actor_occupancy_ratio" not in seen(metrics, serving_s=20.0, running_s=50.0, incarnation="p2")
     page = seen(metrics, serving_s=30.0, running_s=90.0, incarnation="p2")
@@ -251,10 +247,10 @@ def test_occupancy_is_of_one_process() -> None:
 
 
 def test_prometheus_finds_the_endpoint_while_it_is_there(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    with serving(full(), NoEngines(), recipe_of(name="hand"), run) as place:
+    run = RunDir(tmp_path / "hand-2").create()
+    with serving(full(), EngineMetricsPage(), recipe_of(name="hand"), run) as place:
         assert place.startswith("127.0.0.1:")
-        assert read_json(run.scrape_targets) == [{"targets": [place], "labels": {"run": "hand"}}]
+        assert read_json(run.scrape_targets) == [{"targets": [place], "labels": {"run": "hand-2"}}]
         assert scrape(place) == scrape(place, "/")
         assert "python_info" not in scrape(place) and "process_" not in scrape(place), "nothing of the process's own"
     assert not run.scrape_targets.exists()
@@ -262,13 +258,29 @@ def test_prometheus_finds_the_endpoint_while_it_is_there(tmp_path: Path) -> None
         scrape(place)
 
 
+def test_runs_of_one_recipe_are_told_apart_by_their_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [RunDir(tmp_path / name).create() for name in ("demo", "demo-2")]
+    monkeypatch.chdir(runs[0].path)
+    runs[0] = RunDir(Path())
+    for run, name in zip(runs, ("demo", "demo-2"), strict=True):
+        with serving(
+            RunMetrics(recipe_of(name="demo"), run), EngineMetricsPage(), recipe_of(name="demo"), run
+        ) as place:
+            (target,) = read_json(run.scrape_targets)
+            assert target["labels"] == {"run": name}
+            (info,) = parse(scrape(place))["tandem_run_info"]
+            assert dict(info)["run"] == name, "the page and its target say the same"
+
+
 def test_endpoint_listens_on_ipv6(tmp_path: Path) -> None:
-    with serving(full(), NoEngines(), recipe_of(metrics={"host": "::1"}), RunDir(tmp_path)) as place:
+    with serving(full(), EngineMetricsPage(), recipe_of(metrics={"host": "::1"}), RunDir(tmp_path)) as place:
         assert place.startswith("[::1]:") and "tandem_run_info" in scrape(place)
 
 
 def test_nothing_but_reading_is_allowed(tmp_path: Path) -> None:
-    with serving(full(), NoEngines(), recipe_of(), RunDir(tmp_path)) as place:
+    with serving(full(), EngineMetricsPage(), recipe_of(), RunDir(tmp_path)) as place:
         for method in ("POST", "PUT", "DELETE"):
             connection = http.client.HTTPConnection(place, timeout=10)
             connection.request(method, "/metrics", body=b"x")
@@ -277,7 +289,7 @@ def test_nothing_but_reading_is_allowed(tmp_path: Path) -> None:
 
 
 def test_another_page_is_not_found(tmp_path: Path) -> None:
-    with serving(full(), NoEngines(), recipe_of(), RunDir(tmp_path)) as place:
+    with serving(full(), EngineMetricsPage(), recipe_of(), RunDir(tmp_path)) as place:
         assert scrape(place, "/engines") == ""
         with pytest.raises(HTTPError, match="404") as caught:
             scrape(place, "/keys/actor.json")
@@ -286,7 +298,7 @@ def test_another_page_is_not_found(tmp_path: Path) -> None:
 
 def test_idle_clients_are_few(tmp_path: Path) -> None:
     """Who only connects takes one of the threads, and there are never more of them."""
-    with serving(full(), NoEngines(), recipe_of(), RunDir(tmp_path)) as place:
+    with serving(full(), EngineMetricsPage(), recipe_of(), RunDir(tmp_path)) as place:
         host, port = place.split(":")
         idle = [socket.create_connection((host, int(port)), 10) for _ in range(MAX_CLIENTS + 1)]
         assert idle[-1].recv(1) == b"", "closed at once"
@@ -307,7 +319,7 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with (
             pytest.raises(RecipeError, match=rf"metrics.port: found {port}, .*in use.*allowed: a free port, 0 for any"),
-            serving(full(), NoEngines(), recipe_of(metrics={"port": port}), RunDir(tmp_path)),
+            serving(full(), EngineMetricsPage(), recipe_of(metrics={"port": port}), RunDir(tmp_path)),
         ):
             pass
     assert not RunDir(tmp_path).scrape_targets.exists()
@@ -316,7 +328,7 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
 def test_a_foreign_address_is_named(tmp_path: Path) -> None:
     with (
         pytest.raises(RecipeError, match=r"metrics.host: found '192.0.2.1', .*allowed: one of this machine's own"),
-        serving(full(), NoEngines(), recipe_of(metrics={"host": "192.0.2.1"}), RunDir(tmp_path)),
+        serving(full(), EngineMetricsPage(), recipe_of(metrics={"host": "192.0.2.1"}), RunDir(tmp_path)),
     ):
         pass
 
@@ -367,7 +379,7 @@ def test_a_run_exports_what_its_files_say(tmp_path: Path, model: Path) -> None:
             if metric.figure in row:
                 assert page[metric.name] == {(): pytest.approx(row[metric.figure])}, metric.name
     last = pages[-1]
-    assert last["tandem_run_info"] == {(("method", "grpo"), ("model", "bundled"), ("run", "scraped")): 1}
+    assert last["tandem_run_info"] == {(("method", "grpo"), ("model", "bundled"), ("run", tmp_path.name)): 1}
     assert last["tandem_learner_tokens_total"] == {(): summary["learner_tokens"]}
     assert last["tandem_tickets"][(("state", "trained"),)] == summary["tickets"]["trained"] == 16
     assert last["tandem_actors_started_total"] == {(): summary["actors"]["started"]}
