@@ -37,7 +37,7 @@ const STEP_CHARTS = [
   { id: "lr", title: "Learning rate", series: [{ key: "lr", label: "lr", color: "other-line" }] },
   { id: "step", place: "sync-charts", title: "Time of a step", format: seconds, series: [{ key: "train_s", label: "training", color: "learner" }, { key: "wait_s", label: "waiting", color: "other-line", dash: [4, 3] }, { key: "publish_s", label: "publishing", color: "weights", optional: true }] },
 ];
-const SIDES = { rollout: "rollout", learner: "learner", weights: "weights", lag: "lag", balanced: "balanced", unknown: "unknown" };
+const SIDES = { rollout: "rollout", learner: "learner", weights: "weights", lag: "lag", balanced: "balanced", unknown: "advice" };
 
 export class Overview {
   constructor() {
