@@ -28,7 +28,8 @@ SMOOTH = 5
 """A point is the mean over so many distances between points: a step's rhythm would hide what it is about."""
 
 LUMPS = ("rollout_tokens", "trained_tokens", "groups", "weights_bytes")
-"""Counts that grow with each step, heartbeat, group or version: spread over the time since they grew last."""
+"""Counts that grow with each step, heartbeat, group or version: spread over the time since they grew last, or since
+somebody began to work at them."""
 OF_ACTORS = {"tokens": "rollout_tokens", "busy_s": "busy_s", "paused_s": "paused_s", "serving_s": "serving_s"}
 """Count of `growth.COUNTED` -> the column that has it of all actors together."""
 COUNTS = (*LUMPS, "busy_s", "paused_s", "serving_s", *(f"phase_{name}" for name in LEARNER_PHASES))
@@ -56,6 +57,14 @@ def levels_of(sample: Sample) -> dict[str, float]:
         "memory": sample.memory.get("resident", 0),
         "actors_memory": sum(actor.rss_bytes for actor in there),
     }
+
+
+def _resting(sample: Sample, levels: dict[str, float]) -> Iterator[str]:
+    """Counts of `LUMPS` that nobody works at: the time before somebody does has no part in the next lump."""
+    if not levels["serving"]:
+        yield from ("rollout_tokens", "groups")
+    if sample.phase in ("starting", "evaluating"):
+        yield "trained_tokens"
 
 
 def _mean(values: list[float]) -> float:
@@ -95,9 +104,12 @@ class History:
         for name, column in self._columns.items():
             column.append((column[-1] if column else 0.0) + (increases[name] if name in increases else levels[name]))
         self.times.append(sample.t)
+        resting = set(_resting(sample, levels))
         for name in LUMPS:
             if increases[name] > 0:
                 self._spread(name, index)
+            elif name in resting:
+                self._grew[name] = [index, index]
         self.lanes.see(sample, self.newest)
         self._keep_recent(sample.t, growth)
         self.newest = sample

@@ -189,7 +189,7 @@ export class Overview {
       ["memory", "right roomy", (row) => bytes(row.memory)],
     ];
     if (!now.actors.length) {
-      byId("actors").replaceChildren(el("p", { class: "empty" }, now.alive ? "no actor is connected" : "no actor is known"));
+      byId("actors").replaceChildren(el("p", { class: "empty" }, now.alive ? "no actor is connected" : "no actor is left"));
       return;
     }
     const head = el("tr", {}, ...columns.map(([name, kind, , hint]) => el("th", { scope: "col", class: kind, title: hint || "" }, name)));

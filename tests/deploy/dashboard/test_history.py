@@ -17,7 +17,8 @@ from protocol.rundir import RunDir
 
 def sample(t: float, drawn: int = 0, trained: int = 0, process: int = 1, **fields: Any) -> Sample:
     actors = fields.pop("actors", {"actor-0": ActorSample("generating", tokens=drawn, serving_s=t, busy_s=t / 2)})
-    return Sample(t=t, process=process, actors=actors, trained_tokens=trained, phases={"training": t}, **fields)
+    fields = {"phase": "training", "phases": {"training": t}} | fields
+    return Sample(t=t, process=process, actors=actors, trained_tokens=trained, **fields)
 
 
 def worker(tokens: int, serving: float, incarnation: str = "p1") -> ActorSample:
@@ -54,6 +55,22 @@ def test_tokens_of_a_step_are_spread_over_the_time_since_the_step_before() -> No
     steps = [sample(float(t), trained=400 * (t // 20)) for t in range(1, 201)]
     found = history(*steps).series(0, 200)
     assert {round(value, 3) for value in values(found, "learner_tokens_per_s")[40:] if value is not None} == {20.0}
+
+
+def test_the_first_lump_is_not_spread_over_the_time_before_anybody_worked_at_it() -> None:
+    def at(t: int) -> Sample:
+        """An actor serves from 50 on and has drawn 110 tokens at 60; the learner trains from 70 on and on 420 by 90."""
+        actor = ActorSample("generating" if t >= 50 else "starting", tokens=110 * (t >= 60), serving_s=max(0, t - 50))
+        return sample(
+            t, trained=420 * (t >= 90), actors={"actor-0": actor}, phase="training" if t >= 70 else "evaluating"
+        )
+
+    found = history(*map(at, range(1, 91))).series(0, 5000)
+    assert len(found["t"]) == 89, "a point for each sample, a mean of no others"
+    for side, began, ended, rate in (("rollout", 50, 60, 10.0), ("learner", 70, 90, 20.0)):
+        rates = dict(zip(found["t"], values(found, f"{side}_tokens_per_s"), strict=True))
+        assert {rates[t] for t in range(2, began)} == {0.0}, side
+        assert [rates[t] for t in range(began, ended + 1)] == [pytest.approx(rate)] * (ended + 1 - began), side
 
 
 def test_what_a_step_under_way_will_bring_is_not_told_as_zero() -> None:
