@@ -584,7 +584,6 @@ class Histories(RuleBasedStateMachine):
 Histories.TestCase.settings = settings(
     max_examples=30,
     stateful_step_count=12,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # no shrinking: a history is short, and takes its time
 )
 TestHistories = Histories.TestCase
