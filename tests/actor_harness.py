@@ -6,6 +6,7 @@ Used against `tests.intake_harness.Intake`, whose small learner is `train` here.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -80,7 +81,7 @@ class ActorThread:
     def cancel(self) -> None:
         """As SIGTERM does: it leaves in good order."""
         assert self._asyncio is not None and self._task is not None
-        if self._thread.is_alive():
+        with contextlib.suppress(RuntimeError):  # it has left by itself, and its loop is closed
             self._asyncio.call_soon_threadsafe(self._task.cancel)
 
     def die(self) -> None:

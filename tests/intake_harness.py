@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,16 @@ class Intake:
         max_attempts: int = 5,
         straggler_s: float = 60.0,
         heartbeat_s: float = 0.05,
-        dead_after_s: float = 2.0,
+        dead_after_s: float = 60.0,
         port: int = 0,
         token_s: float = 0.0,
         run: str = RUN,
         version: int = 0,
         scale: ScaleWatch | None = None,
     ) -> None:
-        """`version`: the last one of an earlier process of this run, whose actors may be alive."""
+        """`version`: the last one of an earlier process of this run, whose actors may be alive.
+
+        Nobody is buried for the pauses of a busy machine, or for those of a full garbage collection; see `bury`."""
         self.hub = Hub("127.0.0.1", port)
         self.dispatcher = Dispatcher(
             ticket_of, groups_per_step=groups_per_step, max_lag=max_lag, steps=steps, max_attempts=max_attempts
@@ -120,6 +123,16 @@ def eval_ticket(index: int, version: int) -> Ticket:
 def locked(intake: Intake, function: Any) -> Any:
     with intake.server.lock:
         return function()
+
+
+def bury(intake: Intake, incarnations: Collection[str]) -> bool:
+    """Let actors' silence be too long. Whether the intake has found that, and none of them is left; to be repeated."""
+    with intake.server.lock:
+        found = [peer for peer in intake.server.peers.values() if peer.hello.incarnation in incarnations]
+        for peer in found:
+            peer.last_seen -= intake.server.wire.dead_after_s
+    intake.hub.wake()
+    return not found
 
 
 def make_dispatcher(

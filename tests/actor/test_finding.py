@@ -116,7 +116,7 @@ async def test_actor_whose_key_is_refused_says_so_at_its_end(run: RunDir) -> Non
     stranger = replace(load_actor_keys(run.actor_keys), own=new_pair())
     with RunningHub(keys=learner_keys(run)) as learner:
         address = Address(learner.hub.work_endpoint, stranger)
-        error = await ends(ActorLoop(lambda: address, "a", engine=FakeEngine(), lost_learner_s=0.7))
+        error = await ends(ActorLoop(lambda: address, "a", engine=FakeEngine(), lost_learner_s=3.0))
     assert isinstance(error, LearnerLost)
     assert f"no word from the learner at {address.work} for" in str(error)
     assert f"does not accept this actor's key: put its public key {stranger.own.public} into" in str(error)

@@ -24,7 +24,7 @@ ALL_RIGHT = {"reward": 1.0, "format_reward": 1.0, "answer_reward": 1.0}
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter where it ends while the file is read
         return False
 
 

@@ -211,7 +211,7 @@ async def test_actor_at_work_can_be_sent_away(reason: str) -> None:
 async def test_actor_gives_up_a_learner_that_is_gone(tmp_path: Path) -> None:
     with ScriptedLearner() as learner:
         stack = contextlib.AsyncExitStack()
-        actor, task = await stack.enter_async_context(running(learner, FakeEngine(), lost_learner_s=0.5))
+        actor, task = await stack.enter_async_context(running(learner, FakeEngine(), lost_learner_s=3.0))
         directory = actor.weights.staging.directory
         assert directory is not None
         assert directory.exists()

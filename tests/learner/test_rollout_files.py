@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import threading
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from tests.actor_harness import until
 from tests.tiny_model import make_tiny_tokenizer
 
 DRAWN = Drawn(((0, 4), (1, 2)), ((3, 1), (2, 0)), ((0.5, -0.5), (0.25, 0.0)))
+TICKS = count(1_000_000_000)
+"""Seconds: each file is written at the next."""
 LOGPROBS = torch.tensor([-0.5, -1.5, -2.5, float("nan"), -3.0, -4.0])
 
 
@@ -34,12 +38,15 @@ def steps_in(directory: Path) -> list[int]:
 
 
 def write(directory: Path, tokenizer: Any, steps: list[int], branch: int = 0, **bounds: int) -> int:
-    """Write these steps and end; bytes of one file."""
+    """Write these steps and end; bytes of one file. Their times grow, however coarse those of the file system are."""
     files = RolloutFiles(directory, tokenizer, **bounds)
     for step in steps:
         files.keep(step, step + 1, branch, DRAWN, LOGPROBS)
         until(files._jobs.empty, "the thread to take the step")
     files.close()
+    for path in (directory / f"step-{step:08d}.safetensors" for step in steps):
+        if path.exists():
+            os.utime(path, times=(tick := next(TICKS), tick))
     return max((path.stat().st_size for path in directory.glob("step-*")), default=0)
 
 

@@ -55,7 +55,7 @@ def applied(old: np.ndarray, payload: bytes, small: SmallElements | None = None)
 # --- round trips ---
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     itemsize=ITEM_BYTES, size=SIZES, seed=SEEDS, density=st.sampled_from([0.0, 0.001, 0.02, 0.3, 0.9, 1.0]),
     spread=st.sampled_from([1, 3, 200, 2**62]),
@@ -110,7 +110,7 @@ def test_moves_are_cheaper_side_by_side_with_those_of_their_exponent() -> None:
 # --- what changed ---
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     itemsize=ITEM_BYTES, size=st.integers(0, 300), seed=SEEDS, density=st.sampled_from([0, 0.01, 0.1, 0.5, 1]),
     block_bytes=st.sampled_from([8, 64, 1 << 20]),
@@ -196,7 +196,7 @@ def fresh(bits: np.ndarray, threshold: int) -> list[int]:
     return [i for i, value in enumerate(without_sign.tolist()) if 2 * value < threshold]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     itemsize=ITEM_BYTES, size=st.integers(0, 200), seed=SEEDS, share=st.integers(0, 255),
     block_bytes=st.sampled_from([16, 1 << 20]),
@@ -226,7 +226,7 @@ def test_small_elements_look_at_everything_only_for_a_higher_threshold() -> None
             small.choose(old, 0x6100)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     itemsize=ITEM_BYTES, size=st.integers(1, 300), seed=SEEDS, density=st.sampled_from([0.02, 0.3, 1.0]),
     share=st.integers(0, 255), spread=st.sampled_from([1, 2**62]),

@@ -382,7 +382,7 @@ def test_replayed_connection_is_not_let_in(hub: RunningHub, run: Run, pace: str)
 def test_doubled_frame_is_not_taken_twice(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody on the way doubles a frame of a live connection: its number does not fit any more. The connection ends,
     at once or when its heartbeat is missed, and ZeroMQ makes a new one."""
-    monkeypatch.setattr(sockets, "TRANSPORT_HEARTBEAT_MS", 100)
+    monkeypatch.setattr(sockets, "TRANSPORT_HEARTBEAT_MS", 1000)
     with (
         RunningHub(keys=run.learner, answer=answer) as hub,
         Recorder(port_of(hub.hub.work_endpoint)) as recorder,

@@ -108,7 +108,7 @@ DTYPE = st.sampled_from(sorted(DTYPES))
 SHAPE = st.sampled_from([(), (0,), (1,), (3,), (7, 3), (0, 4), (5, 1, 13), (64, 16), (1001,)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     tensors=st.lists(st.tuples(DTYPE, SHAPE), min_size=1, max_size=6), seed=st.integers(0, 2**32 - 1),
     density=st.sampled_from([0.0, 0.002, 0.05, 0.2, 0.6, 1.0]), spread=st.sampled_from([1, 3, 200, 2**62]),

@@ -295,7 +295,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(ACTIONS, min_size=1, max_size=40))
 def test_shelf_promises_what_it_has_and_keeps_two_snapshots(actions: list[tuple[str, float | None]]) -> None:
     """Whoever does as told arrives at the newest version, whatever was put and pulled before."""

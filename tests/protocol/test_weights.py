@@ -102,7 +102,8 @@ def test_digests_by_threads_are_those_of_one(size: int) -> None:
         threads.add(threading.get_ident())
         return tensor_digest(part)
 
-    with mock.patch.object(weights, "tensor_digest", digest):
+    two_cores = mock.patch.object(weights, "num_threads", return_value=2)
+    with mock.patch.object(weights, "tensor_digest", digest), two_cores:
         found = digests(specs, data)
     assert found == [tensor_digest(data[spec.offset : spec.offset + nbytes(spec)]) for spec in specs]
     assert (threading.get_ident() in threads) is (size < SHARED_OUT_BYTES)

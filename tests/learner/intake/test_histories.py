@@ -8,12 +8,11 @@ actor is buried by setting back when it was last heard.
 from __future__ import annotations
 
 import copy
-import math
 import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from protocol.rundir import RunDir
 from protocol.scaling import SCALED_DOWN, Wish, actor_name, actor_number, write_wish
 from tests.actor_harness import DEADLINE_S, Puppet, until
 from tests.history_harness import Actor, GraderInProcess, HonestPuppet, Watch
-from tests.intake_harness import RUN, Intake, eval_ticket, group_of, locked, make_ticket
+from tests.intake_harness import RUN, Intake, bury, eval_ticket, group_of, locked, make_ticket
 
 STEPS = 12
 MOST_ACTORS = 4
@@ -52,16 +51,6 @@ def journaled(path: Path) -> list[Group]:
     records = [payload for _, _, kind, payload in _records(path, 0) if KINDS[kind] == "group"]
     groups = [codec.decode_from_actor(codec.split_frames(payload)) for payload in records]
     return [group for group in groups if isinstance(group, Group)]
-
-
-def bury(intake: Intake, incarnations: Collection[str]) -> bool:
-    """The learner finds that it has not heard of them for too long. Whether it has, and none is left."""
-    with intake.server.lock:
-        found = [peer for peer in intake.server.peers.values() if peer.hello.incarnation in incarnations]
-        for peer in found:
-            peer.last_seen = -math.inf
-    intake.hub.wake()
-    return not found
 
 
 class Histories(RuleBasedStateMachine):
@@ -584,7 +573,6 @@ class Histories(RuleBasedStateMachine):
 Histories.TestCase.settings = settings(
     max_examples=30,
     stateful_step_count=12,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # no shrinking: a history is short, and takes its time
 )
 TestHistories = Histories.TestCase

@@ -221,5 +221,5 @@ class RandomSchedules(RuleBasedStateMachine):
         assert not {*self.trained} & failed
 
 
-RandomSchedules.TestCase.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+RandomSchedules.TestCase.settings = settings(max_examples=120, stateful_step_count=60)
 TestRandomSchedules = RandomSchedules.TestCase

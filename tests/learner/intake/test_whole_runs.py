@@ -19,7 +19,7 @@ from protocol.messages import (
     Welcome,
 )
 from tests.actor_harness import DEADLINE_S, ActorThread, Puppet, begin, indices, train, until
-from tests.intake_harness import GROUP_SIZE, Intake, eval_ticket, group_of, locked, make_ticket
+from tests.intake_harness import GROUP_SIZE, Intake, bury, eval_ticket, group_of, locked, make_ticket
 
 
 def assert_trained_exactly_once(intake: Intake, batches: list[list[Group]], tickets: int) -> None:
@@ -100,7 +100,7 @@ def test_drained_actors_leave_and_give_back_what_they_hold(tmp_path: Path) -> No
         ActorThread(intake.address, "actor-1") as two,
     ):
         begin(intake)
-        until(lambda: intake.dispatcher.holders(), "leases")
+        until(lambda: locked(intake, intake.dispatcher.holders), "leases")
         intake.source.pause_training()
         intake.server.drain("enough for today")
         assert intake.source.wait_until_left(DEADLINE_S)
@@ -118,13 +118,14 @@ def test_drained_actors_leave_and_give_back_what_they_hold(tmp_path: Path) -> No
 
 def test_leases_of_a_dead_actor_are_issued_again(tmp_path: Path) -> None:
     with (
-        Intake(tmp_path, dead_after_s=0.4) as intake,
+        Intake(tmp_path) as intake,
         ActorThread(intake.address, "actor-0", FakeEngine(token_s=60)) as doomed,
     ):
         begin(intake)
         until(lambda: len(intake.dispatcher.leases_of("actor-0")) >= 4, "leases")
-        lost = len(intake.dispatcher.leases_of("actor-0"))
         doomed.die()
+        lost = len(locked(intake, lambda: intake.dispatcher.leases_of("actor-0")))
+        until(lambda: bury(intake, {doomed.loop.incarnation}), "a funeral")
         with ActorThread(intake.address, "actor-1"):
             batches = train(intake, 4)
         assert_trained_exactly_once(intake, batches, 16)

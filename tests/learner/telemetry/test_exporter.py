@@ -275,6 +275,10 @@ def test_runs_of_one_recipe_are_told_apart_by_their_directories(
 
 
 def test_endpoint_listens_on_ipv6(tmp_path: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
     with serving(full(), EngineMetricsPage(), recipe_of(metrics={"host": "::1"}), RunDir(tmp_path)) as place:
         assert place.startswith("[::1]:") and "tandem_run_info" in scrape(place)
 
@@ -358,6 +362,8 @@ def scraped_run(directory: Path, model: Path, **changes: Any) -> tuple[RunDir, l
                 whole = page.get("tandem_accepted_tokens_total") == {(): drawn}  # else the heartbeat is still to come
                 trained = {(): learner.telemetry.sampler.trained_tokens}  # counted a moment after the step
                 whole = whole and page["tandem_learner_tokens_total"] == trained
+                tickets = learner.state.step * learner.recipe.rollout.groups_per_step  # copied before the step's number
+                whole = whole and page["tandem_tickets"][(("state", "trained"),)] == tickets
                 return page if whole and page["tandem_learner_step"] == {(): learner.state.step} else None
 
             pages.append(until(shown, "a sample of the step"))
