@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { byId, el, hideTip, showTip } from "./dom.js";
 import { NONE, plural, short } from "./format.js";
 
-const STEPS_ASKED_MS = 4000;
+const STEPS_ASKED_MS = 1000;
 const SHOWN_TOKENS = 1500;
 const STRONGEST = Math.log(4); // a ratio of 4, or of a quarter, has the full colour
 const MODES = [["ratio", "logprob ratio"], ["version", "weight version"], ["none", "plain"]];

@@ -207,6 +207,7 @@ def test_a_run_that_ended_early_is_not_called_finished(tmp_path: Path, serve: Se
         assert int(page.inner_text("#tile-rollout .value").split()[0].replace(".", "").replace("k", "")) > 0
         picture(page, f"ended-{name}")
         page.context.set_offline(True)
+        page.click("#tab-rollouts")  # asks at once
         notice = f"The run has ended ({words.lower()})" if end else "The server does not answer"
         holds(page, f"document.getElementById('notice').textContent.startsWith('{notice}')")
         picture(page, f"ended-{name}-lost")
