@@ -78,7 +78,7 @@ class Growing:
     def forget_restarted(self, actors: Mapping[str, ActorSample]) -> None:
         """An actor that is another process than before begins anew, and so may its counters."""
         for name, now in ((name, actor) for name, actor in actors.items() if has_counts(actor)):
-            if self._incarnations.setdefault(name, now.incarnation) != now.incarnation:
+            if self._incarnations.get(name, now.incarnation) != now.incarnation:
                 self._reached = {key: value for key, value in self._reached.items() if key[1][:1] != (name,)}
             self._incarnations[name] = now.incarnation
 

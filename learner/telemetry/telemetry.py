@@ -23,7 +23,7 @@ from learner.telemetry.events import EventLog
 from learner.telemetry.exporter import RunMetrics, serving
 from learner.telemetry.sample import Sample
 from learner.telemetry.sampler import Sampler
-from learner.telemetry.timeline import SHORTEST_S, Timeline
+from learner.telemetry.timeline import Timeline
 from protocol.config import Recipe
 from protocol.errors import RecipeError
 from protocol.rundir import RunDir
@@ -93,8 +93,8 @@ class Telemetry:
         self.sampler.trained_tokens += int(figures["tokens"])
 
     def _sample_until_stopped(self) -> None:
-        failed, every_s = False, max(self.recipe.metrics.sample_every_s, SHORTEST_S)
-        while not self._stop.wait(every_s):  # however few of them the timeline keeps
+        failed, every_s = False, self._timeline.every_s  # which grows: the file keeps fewer of a long run
+        while not self._stop.wait(every_s):
             try:
                 self._sample()
             except Exception:
